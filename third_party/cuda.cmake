@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+# The CUDA compiler, the architectures, and the backend's objects. Included only when there are CUDA sources.
+include(CheckLanguage)
+# Before enable_language, or the compiler's default wins. sm_80 code and PTX for all; sm_90a for Hopper's own paths.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
+endif()
+check_language(CUDA)
+if(CMAKE_CUDA_COMPILER)
+  enable_language(CUDA)
+  add_library(cuda_kernels OBJECT ${cuda_sources})
+  target_include_directories(cuda_kernels PRIVATE csrc)
+  target_compile_features(cuda_kernels PRIVATE cuda_std_20)
+  set_target_properties(cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_RUNTIME_LIBRARY Static)
+  target_sources(_core PRIVATE $<TARGET_OBJECTS:cuda_kernels>)
+  target_compile_definitions(_core PRIVATE FULLBEAM_WITH_CUDA=1)
+  set_target_properties(_core PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  set(cuda_state "${CMAKE_CUDA_COMPILER_VERSION} (${CMAKE_CUDA_ARCHITECTURES})")
+elseif(FULLBEAM_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "FULLBEAM_CUDA=ON, but no CUDA compiler was found; install one or build with FULLBEAM_CUDA=OFF")
+endif()
