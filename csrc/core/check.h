@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace fullbeam {
+
+struct TypeError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A size of a tensor in a check: a name that is bound by the first tensor that has it and compared
+// in the rest, or a fixed number.
+struct Size {
+  const char* name = nullptr;
+  std::int64_t value = -1;
+  Size(const char* bound_name) : name(bound_name) {}  // NOLINT: meant to convert
+  Size(std::int64_t fixed) : value(fixed) {}          // NOLINT
+};
+
+// Checks the tensors of one op's call, at the only place where they are checked.
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  [[noreturn]] void fail(const std::string& argument, const std::string& requirement,
+                         const std::string& got) const {
+    throw std::invalid_argument(std::string(op_) + ": " + argument + " must be " + requirement +
+                                ", got " + got);
+  }
+  void require(bool ok, const char* argument, const std::string& requirement,
+               const std::string& got) const {
+    if (!ok) fail(argument, requirement, got);
+  }
+
+  // The shape, the dtype (one of), unit stride in the last dimension, and with `contiguous` all the
+  // other strides too.
+  void tensor(const char* argument, const TensorView& view, std::initializer_list<Size> sizes,
+              std::initializer_list<DType> dtypes, bool contiguous = true) {
+    bool known = false;
+    for (DType dtype : dtypes) known = known || dtype == view.dtype;
+    if (!known) {
+      std::string wanted;
+      for (DType dtype : dtypes)
+        wanted += (wanted.empty() ? "" : " or ") + std::string(name_of(dtype));
+      throw TypeError(std::string(op_) + ": " + argument + " must be " + wanted + ", got " +
+                      name_of(view.dtype));
+    }
+    bool ok = view.num_dims == static_cast<int>(sizes.size());
+    std::string wanted;
+    int axis = 0;
+    for (const Size& size : sizes) {
+      std::int64_t expected = size.value;
+      std::string label = std::to_string(size.value);
+      if (size.name != nullptr) {
+        label = size.name;
+        const std::int64_t* bound = find(size.name);
+        if (bound == nullptr && ok) bound_.emplace_back(size.name, view.shape[axis]);
+        expected = bound == nullptr ? -1 : *bound;
+        if (bound != nullptr) label += "=" + std::to_string(*bound);
+      }
+      if (ok && expected >= 0 && view.shape[axis] != expected) ok = false;
+      wanted += (axis == 0 ? "" : ", ") + label;
+      ++axis;
+    }
+    if (!ok) fail(argument, "[" + wanted + "]", shape_text(view));
+    if (!is_dense(view, contiguous)) {
+      fail(argument, contiguous ? "C-contiguous" : "contiguous in its last dimension",
+           "strides that are not");
+    }
+  }
+  void writable(const char* argument, const TensorView& view) const {
+    if (!view.is_writable) fail(argument, "writable", "a read-only array");
+  }
+
+  std::int64_t size(const char* name) const {
+    const std::int64_t* bound = find(name);
+    return bound == nullptr ? 0 : *bound;
+  }
+
+  static std::string shape_text(const TensorView& view) {
+    std::string text = "[";
+    for (int i = 0; i < view.num_dims; ++i) text += (i ? ", " : "") + std::to_string(view.shape[i]);
+    return text + "]";
+  }
+
+ private:
+  static bool is_dense(const TensorView& view, bool contiguous) {
+    for (int i = 0; i < view.num_dims; ++i) {
+      if (view.shape[i] == 0) return true;  // nothing is there, whatever the strides say
+    }
+    std::int64_t expected = 1;
+    for (int i = view.num_dims - 1; i >= 0; --i) {
+      const bool matters = view.shape[i] > 1 && (contiguous || i == view.num_dims - 1);
+      if (matters && view.strides[i] != expected) return false;
+      expected *= view.shape[i];
+    }
+    return true;
+  }
+  const std::int64_t* find(const char* name) const {
+    for (const auto& [key, value] : bound_) {
+      if (key == name) return &value;
+    }
+    return nullptr;
+  }
+
+  const char* op_;
+  std::vector<std::pair<std::string, std::int64_t>> bound_;
+};
+
+}  // namespace fullbeam

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/isa.h"
+
+// The CPU backend has every op once per instruction set, in a namespace of that name;
+// FULLBEAM_DECLARE_OP declares them all and picks one at the call.
+#if defined(__x86_64__)
+#define FULLBEAM_DECLARE_OP(op, Params) \
+  namespace cpu {                       \
+  namespace portable {                  \
+  void op(const Params&);               \
+  }                                     \
+  namespace avx2 {                      \
+  void op(const Params&);               \
+  }                                     \
+  namespace avx512 {                    \
+  void op(const Params&);               \
+  }                                     \
+  }                                     \
+  namespace cuda {                      \
+  void op(const Params&);               \
+  }
+#define FULLBEAM_CPU(op)                   \
+  (isa() == Isa::avx512 ? &cpu::avx512::op \
+   : isa() == Isa::avx2 ? &cpu::avx2::op   \
+                        : &cpu::portable::op)
+#else
+#define FULLBEAM_DECLARE_OP(op, Params) \
+  namespace cpu {                       \
+  namespace portable {                  \
+  void op(const Params&);               \
+  }                                     \
+  }                                     \
+  namespace cuda {                      \
+  void op(const Params&);               \
+  }
+#define FULLBEAM_CPU(op) (&cpu::portable::op)
+#endif

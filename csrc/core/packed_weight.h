@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/weight.h"
+
+namespace fullbeam {
+
+// A part of a matrix as a GGUF file stores it: row-major blocks.
+struct WeightPart {
+  const std::uint8_t* data;
+  std::int64_t num_bytes;
+  std::string type;  // "F32", "Q4_K", ...
+  std::int64_t rows, cols;
+};
+
+// A weight matrix [rows, cols] in the layout of core/weight.h; parts are stacked by rows and keep
+// their own types, so that query, key and value projections, or gate and up, are one product.
+class PackedWeight {
+ public:
+  explicit PackedWeight(const std::vector<WeightPart>& parts);
+
+  std::int64_t rows() const { return rows_; }
+  std::int64_t cols() const { return cols_; }
+  std::int64_t num_panels() const { return num_panels_; }
+  std::int64_t num_bytes() const { return num_bytes_; }
+  const std::vector<WeightSegment>& segments() const { return segments_; }
+
+ private:
+  struct Unmap {
+    std::size_t bytes;
+    void operator()(std::uint8_t* data) const;
+  };
+  std::unique_ptr<std::uint8_t, Unmap> storage_;
+  std::vector<WeightSegment> segments_;
+  std::int64_t rows_ = 0, cols_ = 0, num_panels_ = 0, num_bytes_ = 0;
+};
+
+WeightType parse_weight_type(const std::string& name);
+const char* name_of(WeightType type);
+// Bytes of one row of `cols` columns in a GGUF file; -1 where cols is no multiple of the type's
+// block.
+std::int64_t row_bytes(WeightType type, std::int64_t cols);
+
+}  // namespace fullbeam

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace fullbeam {
+
+// A recorded sequence of ops: their checked parameter structs, by value. Running it again costs no
+// Python and no checks; the memory that the structs point to must still be there, and what it holds
+// may have changed in between (lengths, page tables, token ids): a CUDA graph's contract, on the
+// CPU.
+class Program {
+ public:
+  void add(std::function<void()> call) { calls_.push_back(std::move(call)); }
+  void run() const {
+    for (const auto& call : calls_) call();
+  }
+  std::size_t size() const { return calls_.size(); }
+
+  // The program that this thread is recording, or null.
+  static Program*& recording();
+
+ private:
+  std::vector<std::function<void()>> calls_;
+};
+
+// Every op ends here: runs the backend's function, or records it.
+template <class Params>
+inline void launch(const Params& params, void (*backend)(const Params&)) {
+  if (Program* program = Program::recording()) {
+    program->add([params, backend] { backend(params); });
+  } else {
+    backend(params);
+  }
+}
+
+}  // namespace fullbeam

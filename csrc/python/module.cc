@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// The native API: one m.def per op, and what the package asks of the build and the machine.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/typing.h>
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "core/isa.h"
+#include "core/packed_weight.h"
+#include "core/parallel.h"
+#include "core/program.h"
+#include "ops/ops.h"
+#include "python/tensors.h"
+
+namespace py = pybind11;
+using namespace fullbeam;
+
+namespace {
+
+PackedWeight pack_weight(
+    const std::vector<std::tuple<py::object, std::string, std::pair<std::int64_t, std::int64_t>>>&
+        parts) {
+  std::vector<WeightPart> views;
+  std::vector<py::object> owners(parts.size());
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto& [data, type, shape] = parts[i];
+    TensorView view;
+    view_of(data, view, owners[i]);
+    Check check("pack_weight");
+    check.tensor("data", view, {"num_bytes"}, {DType::u8});
+    views.push_back({static_cast<const std::uint8_t*>(view.data), check.size("num_bytes"), type,
+                     shape.first, shape.second});
+  }
+  py::gil_scoped_release release;
+  return PackedWeight(views);
+}
+
+py::typing::Dict<py::str, py::object> build_info() {
+  py::typing::Dict<py::str, py::object> info;
+  info["cuda"] = py::str(FULLBEAM_BUILD_CUDA);
+  info["compiler"] = py::str(FULLBEAM_BUILD_COMPILER);
+  info["cpu_isas"] = py::str(FULLBEAM_BUILD_ISAS).attr("split")();
+  return info;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (has_isa(isa)) names.emplace_back(name_of(isa));
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const TypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what());
+    } catch (const NotImplemented& e) {
+      PyErr_SetString(PyExc_NotImplementedError, e.what());
+    }
+  });
+  using Release = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<PackedWeight>(m, "PackedWeight")
+      .def_property_readonly(
+          "shape", [](const PackedWeight& w) { return py::make_tuple(w.rows(), w.cols()); })
+      .def_property_readonly("num_bytes", &PackedWeight::num_bytes)
+      .def_property_readonly("types", [](const PackedWeight& w) {
+        std::vector<std::string> types;
+        for (const WeightSegment& segment : w.segments()) types.emplace_back(name_of(segment.type));
+        return types;
+      });
+  m.def("pack_weight", &pack_weight, py::arg("parts"));
+
+  m.def("embedding", &ops::embedding, Release(), py::arg("token_ids"), py::arg("table"),
+        py::arg("out"), py::arg("scale"));
+  m.def("rms_norm", &ops::rms_norm, Release(), py::arg("x"), py::arg("weight"),
+        py::arg("residual").none(true), py::arg("out"), py::arg("eps"), py::arg("weight_offset"));
+  m.def("linear", &ops::linear, Release(), py::arg("x"), py::arg("weight"),
+        py::arg("bias").none(true), py::arg("residual").none(true), py::arg("out"));
+  m.def("rope", &ops::rope, Release(), py::arg("x"), py::arg("positions"), py::arg("inv_freq"),
+        py::arg("interleaved"), py::arg("scale"));
+  m.def("kv_write", &ops::kv_write, Release(), py::arg("k"), py::arg("v"), py::arg("k_pages"),
+        py::arg("v_pages"), py::arg("slots"));
+  m.def("attention_prefill", &ops::attention_prefill, Release(), py::arg("q"), py::arg("k_pages"),
+        py::arg("v_pages"), py::arg("page_table"), py::arg("seq_lens"), py::arg("query_starts"),
+        py::arg("out"), py::arg("scale"), py::arg("window"), py::arg("softcap"));
+  m.def("attention_decode", &ops::attention_decode, Release(), py::arg("q"), py::arg("k_pages"),
+        py::arg("v_pages"), py::arg("page_table"), py::arg("seq_lens"), py::arg("out"),
+        py::arg("scale"), py::arg("window"), py::arg("softcap"));
+  m.def("gated_activation", &ops::gated_activation, Release(), py::arg("x"), py::arg("out"),
+        py::arg("activation"));
+  m.def("logprobs", &ops::logprobs, Release(), py::arg("logits"), py::arg("token_ids"),
+        py::arg("out_logprobs"), py::arg("out_ranks"), py::arg("out_top_ids"),
+        py::arg("out_top_logprobs"));
+  m.def("sample", &ops::sample, Release(), py::arg("logits"), py::arg("temperature"),
+        py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seeds"), py::arg("counters"),
+        py::arg("out_token_ids"));
+
+  // Recording: between start_recording and stop_recording this thread's ops are checked and kept
+  // instead of run.
+  py::class_<Program>(m, "Program")
+      .def("run", &Program::run, Release())
+      .def("__len__", &Program::size);
+  m.def("start_recording", [] {
+    if (Program::recording() != nullptr)
+      throw std::runtime_error("start_recording: this thread is recording already");
+    Program::recording() = new Program();
+  });
+  m.def("stop_recording", [] {
+    Program* program = Program::recording();
+    if (program == nullptr)
+      throw std::runtime_error("stop_recording: this thread is not recording");
+    Program::recording() = nullptr;
+    return std::unique_ptr<Program>(program);
+  });
+
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, py::arg("count"));
+  m.def("num_physical_cores", &num_physical_cores);
+  m.def("cpu_isa", [] { return std::string(name_of(isa())); });
+  m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"));
+  m.def("available_isas", &available_isas);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "python/tensors.h"
+
+#include <cstdint>
+#include <string>
+
+#include "core/check.h"
+
+namespace py = pybind11;
+
+namespace fullbeam {
+namespace {
+
+// The DLPack ABI (version 0.x capsules, "dltensor"), as its specification lays it out.
+struct DlDevice {
+  std::int32_t type, id;
+};
+struct DlDataType {
+  std::uint8_t code, bits;
+  std::uint16_t lanes;
+};
+struct DlTensor {
+  void* data;
+  DlDevice device;
+  std::int32_t num_dims;
+  DlDataType dtype;
+  std::int64_t* shape;
+  std::int64_t* strides;
+  std::uint64_t byte_offset;
+};
+struct DlManagedTensor {
+  DlTensor tensor;
+  void* context;
+  void (*deleter)(DlManagedTensor*);
+};
+constexpr int kDlCpu = 1, kDlCuda = 2, kDlCudaHost = 3;
+constexpr int kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBFloat = 4;
+
+DType parse_dtype(int code, int bits) {
+  if (code == kDlFloat && bits == 32) return DType::f32;
+  if (code == kDlFloat && bits == 16) return DType::f16;
+  if (code == kDlBFloat && bits == 16) return DType::bf16;
+  if (code == kDlInt && bits == 32) return DType::i32;
+  if (code == kDlInt && bits == 64) return DType::i64;
+  if (code == kDlUInt && bits == 32) return DType::u32;
+  if (code == kDlUInt && bits == 64) return DType::u64;
+  if (code == kDlUInt && bits == 8) return DType::u8;
+  throw TypeError(
+      "array: dtype must be float32, float16, bfloat16, int32, int64, uint32, uint64 or uint8, got "
+      "DLPack code " +
+      std::to_string(code) + " with " + std::to_string(bits) + " bits");
+}
+
+int code_of_kind(char kind) {
+  switch (kind) {
+    case 'f':
+      return kDlFloat;
+    case 'i':
+      return kDlInt;
+    case 'u':
+      return kDlUInt;
+    default:
+      return -1;
+  }
+}
+
+void set_dims(TensorView& view, std::int64_t num_dims) {
+  if (num_dims > TensorView::kMaxDims) {
+    throw std::invalid_argument("array: dimensions must be at most 4, got " +
+                                std::to_string(num_dims));
+  }
+  view.num_dims = static_cast<int>(num_dims);
+}
+
+void from_numpy(py::handle source, TensorView& view) {
+  const auto array = py::reinterpret_borrow<py::array>(source);
+  const py::dtype dtype = array.dtype();
+  if (dtype.byteorder() == '>')
+    throw TypeError("array: byte order must be little-endian, got big-endian");
+  view.dtype = parse_dtype(code_of_kind(dtype.kind()), static_cast<int>(dtype.itemsize()) * 8);
+  view.device = Device::cpu;
+  view.is_writable = array.writeable();
+  view.data = const_cast<void*>(array.data());
+  set_dims(view, array.ndim());
+  for (int i = 0; i < view.num_dims; ++i) {
+    if (array.strides(i) % dtype.itemsize() != 0) {
+      throw std::invalid_argument("array: strides must be multiples of the item size, got " +
+                                  std::to_string(array.strides(i)));
+    }
+    view.shape[i] = array.shape(i);
+    view.strides[i] = array.strides(i) / dtype.itemsize();
+  }
+}
+
+void from_dlpack(py::handle source, TensorView& view, py::object& owner) {
+  const auto capsule = py::reinterpret_steal<py::object>(source.attr("__dlpack__")().release());
+  auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (managed == nullptr) throw py::error_already_set();
+  const DlTensor& t = managed->tensor;
+  const int device = t.device.type;
+  if (device != kDlCpu && device != kDlCuda && device != kDlCudaHost) {
+    throw TypeError("array: device must be a CPU or a CUDA device, got DLPack device type " +
+                    std::to_string(device));
+  }
+  if (t.dtype.lanes != 1)
+    throw TypeError("array: dtype must have one lane, got " + std::to_string(t.dtype.lanes));
+  view.dtype = parse_dtype(t.dtype.code, t.dtype.bits);
+  view.device = device == kDlCuda ? Device::cuda : Device::cpu;
+  view.is_writable = true;
+  view.data = static_cast<char*>(t.data) + t.byte_offset;
+  set_dims(view, t.num_dims);
+  std::int64_t dense = 1;
+  for (int i = view.num_dims - 1; i >= 0; --i) {
+    view.shape[i] = t.shape[i];
+    view.strides[i] = t.strides == nullptr ? dense : t.strides[i];
+    dense *= t.shape[i];
+  }
+  owner = capsule;  // an unconsumed capsule frees the tensor itself when it goes
+}
+
+}  // namespace
+
+void view_of(py::handle source, TensorView& view, py::object& owner) {
+  if (py::isinstance<py::array>(source)) {
+    from_numpy(source, view);
+    owner = py::reinterpret_borrow<py::object>(source);
+  } else if (py::hasattr(source, "__dlpack__")) {
+    from_dlpack(source, view, owner);
+  } else {
+    throw TypeError("array: must be a numpy array or support __dlpack__, got " +
+                    std::string(py::str(py::type::of(source).attr("__name__"))));
+  }
+}
+
+}  // namespace fullbeam
