@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// Embedding look-up: out[i] = scale * table[token_ids[i]], from the packed layout of core/weight.h.
+// Mapping: a token is a row; its 32 values per tile are gathered from the tile's steps. Cost: cols
+// bytes and scales of scattered loads per token, never more than a few microseconds. Numerics:
+// exact products in float32, d * scale first; the same values as the matrix product of a tied head
+// sees.
+#include "ops/embedding.h"
+
+#include "core/parallel.h"
+#include "cpu/vec.h"
+
+namespace fullbeam::cpu::FULLBEAM_ISA {
+namespace {
+
+float half_at(const std::uint8_t* p, std::int64_t idx) {
+  Half value;
+  std::memcpy(&value, p + 2 * idx, 2);
+  return to_float(value);
+}
+
+int value_at(const QuantLayout& layout, const std::uint8_t* tile, int step, int at) {
+  if (layout.bits == 8) return tile[step * 64 + at];
+  int value = tile[step % 4 * 64 + at] >> (step / 4 * 4) & 15;
+  if (layout.bits == 5) value |= (tile[256 + at] >> step & 1) << 4;
+  if (layout.bits == 6) value |= (tile[256 + step / 4 * 64 + at] >> (step % 4 * 2) & 3) << 4;
+  return value;
+}
+
+void quantised_row(const WeightSegment& segment, std::int64_t row, std::int64_t cols, float scale,
+                   float* out) {
+  const QuantLayout layout = layout_of(segment.type);
+  const std::uint8_t* tile = segment.data + row / kPanelRows * segment.panel_bytes;
+  const auto lane = static_cast<int>(row % kPanelRows);
+  const std::uint8_t* super = tile;
+  for (std::int64_t t = 0; t < cols / kTileCols; ++t) {
+    if (layout.super_bytes() > 0 && t % kTilesPerSuper == 0) {
+      super = tile;
+      tile += layout.super_bytes();
+    }
+    const std::uint8_t* scales = tile + layout.value_bytes();
+    float d[2], m = 0.0f;
+    switch (layout.scales) {
+      case ScaleKind::k:
+        d[0] = d[1] = half_at(super, lane) * static_cast<float>(scales[lane]);
+        m = -half_at(super + 32, lane) * static_cast<float>(scales[16 + lane]);
+        break;
+      case ScaleKind::k16:
+        d[0] = half_at(super, lane) * static_cast<float>(static_cast<std::int8_t>(scales[lane]));
+        d[1] =
+            half_at(super, lane) * static_cast<float>(static_cast<std::int8_t>(scales[16 + lane]));
+        break;
+      default:
+        d[0] = d[1] = half_at(scales, lane);
+        if (layout.scales == ScaleKind::dm) m = half_at(scales + 32, lane);
+    }
+    for (int i = 0; i < kTileCols; ++i) {
+      const int value = value_at(layout, tile, i / 4, lane * 4 + i % 4) - layout.zero_point;
+      out[t * kTileCols + i] = (d[i / 16] * static_cast<float>(value) + m) * scale;
+    }
+    tile += layout.tile_bytes();
+  }
+}
+
+template <class T>
+void float_row(const WeightSegment& segment, std::int64_t row, std::int64_t cols, float scale,
+               float* out) {
+  const T* panel =
+      reinterpret_cast<const T*>(segment.data + row / kPanelRows * segment.panel_bytes);
+  for (std::int64_t i = 0; i < cols; ++i)
+    out[i] = to_float(panel[i * kPanelRows + row % kPanelRows]) * scale;
+}
+
+void look_up(const EmbeddingParams& p, std::int64_t token) {
+  float* out = p.out + token * p.out_stride;
+  for (std::int64_t s = 0; s < p.num_segments; ++s) {
+    const WeightSegment& segment = p.segments[s];
+    const std::int64_t row = p.token_ids[token] - segment.row_begin;
+    if (row < 0 || row >= segment.num_rows) continue;
+    switch (segment.type) {
+      case WeightType::f32:
+        return float_row<float>(segment, row, p.cols, p.scale, out);
+      case WeightType::f16:
+        return float_row<Half>(segment, row, p.cols, p.scale, out);
+      case WeightType::bf16:
+        return float_row<BFloat>(segment, row, p.cols, p.scale, out);
+      default:
+        return quantised_row(segment, row, p.cols, p.scale, out);
+    }
+  }
+  for (std::int64_t i = 0; i < p.cols; ++i) out[i] = 0.0f;
+}
+
+}  // namespace
+
+void embedding(const EmbeddingParams& p) {
+  parallel_for(p.num_tokens, 4, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t token = begin; token < end; ++token) look_up(p, token);
+  });
+}
+
+}  // namespace fullbeam::cpu::FULLBEAM_ISA

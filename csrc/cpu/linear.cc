@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix product out = x * weight^T [+ bias] [+ residual] with the packed weights of core/weight.h.
+// Mapping: activations are quantised once; threads then take panels of 16 rows as they become free.
+// A panel's tile (16 rows x 32 columns) is unpacked once and meets up to kBlockTokens tokens,
+// kTokensPerTile at a time in registers. Cost: at few tokens the packed bytes of the weight, once;
+// at many, 512 multiply-adds per tile and token. Numerics: exact int32 inside a tile (half a tile
+// for Q6_K); float32 over tiles, in column order. A row of the result depends on its own token
+// alone: the order of its float operations is the same for every number of tokens. Source: the
+// interleaving of rows is the idea of ik_llama.cpp's repacked types; the layout and the code are
+// our own.
+#include "ops/linear.h"
+
+#include "core/parallel.h"
+#include "cpu/linear.h"
+
+namespace fullbeam::cpu::FULLBEAM_ISA {
+namespace {
+
+constexpr std::int64_t kBlockTokens = 64;  // their sums (4 KiB) stay in L1 beside the tile
+
+// Quantised activations of num_tokens tokens, tile-major: tile t of token i is at index t *
+// num_tokens + i.
+struct Activations {
+  std::int8_t* values;  // [num_tiles, num_tokens, 32]
+  float* scales;        // [num_tiles, num_tokens]
+  float* scaled_sums;   // [num_tiles, num_tokens]: scale * sum of the 32 values
+  std::int32_t* sums;   // [num_tiles, num_tokens, 2]: sums of the first and the last 16 values
+  std::int64_t num_tokens;
+
+  static std::int64_t bytes(std::int64_t num_tiles, std::int64_t num_tokens) {
+    return num_tiles * num_tokens * (kTileCols + 4 + 4 + 8) + 256;
+  }
+  Activations(void* memory, std::int64_t num_tiles, std::int64_t tokens) : num_tokens(tokens) {
+    const std::int64_t count = num_tiles * tokens;
+    values = static_cast<std::int8_t*>(memory);
+    sums = reinterpret_cast<std::int32_t*>(values + count * kTileCols);
+    scales = reinterpret_cast<float*>(sums + count * 2);
+    scaled_sums = scales + count;
+  }
+};
+
+void quantise_token(const float* x, std::int64_t num_tiles, std::int64_t token,
+                    const Activations& a) {
+  for (std::int64_t tile = 0; tile < num_tiles; ++tile, x += kTileCols) {
+    const std::int64_t at = tile * a.num_tokens + token;
+    F32 largest = set1(0.0f);
+    for (int i = 0; i < kTileCols; i += kLanes) {
+      const F32 v = load(x + i);
+      largest = max(largest, max(v, sub(set1(0.0f), v)));
+    }
+    const float amax = reduce_max(largest);
+    const float scale = amax / 127.0f;
+    const F32 inverse = set1(amax > 0.0f ? 127.0f / amax : 0.0f);
+    float rounded[kTileCols];
+    for (int i = 0; i < kTileCols; i += kLanes)
+      store(rounded + i, round(mul(load(x + i), inverse)));
+    std::int32_t sums[2] = {0, 0};
+    std::int8_t* values = a.values + at * kTileCols;
+    for (int i = 0; i < kTileCols; ++i) {
+      const auto value = static_cast<std::int32_t>(rounded[i]);
+      values[i] = static_cast<std::int8_t>(value);
+      sums[i / 16] += value;
+    }
+    a.scales[at] = scale;
+    a.sums[2 * at] = sums[0];
+    a.sums[2 * at + 1] = sums[1];
+    a.scaled_sums[at] = scale * static_cast<float>(sums[0] + sums[1]);
+  }
+}
+
+// What turns a tile's integer sums into floats: per row, in registers.
+template <ScaleKind kScales>
+struct TileScales {
+  F32 d[kScales == ScaleKind::k16 ? 2 : 1][kParts];
+  F32 m[kParts];
+
+  TileScales(const std::uint8_t* scales, const std::uint8_t* super) {
+    for (int i = 0; i < kParts; ++i) {
+      const auto* halves = reinterpret_cast<const Half*>(
+          kScales == ScaleKind::k || kScales == ScaleKind::k16 ? super : scales);
+      const F32 first = load(halves + i * kLanes);
+      if constexpr (kScales == ScaleKind::d) {
+        d[0][i] = first;
+      } else if constexpr (kScales == ScaleKind::dm) {
+        d[0][i] = first;
+        m[i] = load(halves + 16 + i * kLanes);
+      } else if constexpr (kScales == ScaleKind::k) {
+        d[0][i] = mul(first, widen_u8(scales + i * kLanes));
+        m[i] = sub(set1(0.0f),
+                   mul(load(halves + 16 + i * kLanes), widen_u8(scales + 16 + i * kLanes)));
+      } else {
+        d[0][i] = mul(first, widen_i8(scales + i * kLanes));
+        d[1][i] = mul(first, widen_i8(scales + 16 + i * kLanes));
+      }
+    }
+  }
+};
+
+template <int kBits, ScaleKind kScales, int kTokens>
+inline void add_tile(const Tile<kBits>& tile, const TileScales<kScales>& scales, int zero_point,
+                     const Activations& a, std::int64_t at, F32 (*acc)[kParts]) {
+  constexpr bool kHalves = kScales == ScaleKind::k16;
+  I32 sums[kHalves ? 2 : 1][kTokens][kParts];
+  dot_tile<kBits, kHalves, kTokens>(tile, zero_point, a.values + at * kTileCols, a.sums + 2 * at,
+                                    sums);
+  for (int t = 0; t < kTokens; ++t) {
+    const F32 x_scale = set1(a.scales[at + t]);
+    for (int i = 0; i < kParts; ++i) {
+      F32 sum = fma(to_f32(sums[0][t][i]), mul(scales.d[0][i], x_scale), acc[t][i]);
+      if constexpr (kHalves) sum = fma(to_f32(sums[1][t][i]), mul(scales.d[1][i], x_scale), sum);
+      if constexpr (kScales == ScaleKind::dm || kScales == ScaleKind::k) {
+        sum = fma(scales.m[i], set1(a.scaled_sums[at + t]), sum);
+      }
+      acc[t][i] = sum;
+    }
+  }
+}
+
+// One panel of 16 rows against tokens [begin, begin + count), count <= kBlockTokens, sums left in
+// acc. kFew: the count itself where it is small enough for the sums to stay in registers, else 0.
+template <int kBits, ScaleKind kScales, int kFew>
+void quantised_panel(const std::uint8_t* p, int zero_point, std::int64_t num_tiles,
+                     const Activations& a, std::int64_t begin, std::int64_t count,
+                     F32 (*out)[kParts]) {
+  constexpr QuantLayout kLayout{kBits, kScales, 0};
+  F32 few[kFew > 0 ? kFew : 1][kParts];
+  F32(*acc)[kParts] = kFew > 0 ? few : out;
+  for (std::int64_t t = 0; t < (kFew > 0 ? kFew : count); ++t) {
+    for (int i = 0; i < kParts; ++i) acc[t][i] = set1(0.0f);
+  }
+  const std::uint8_t* super = p;
+  for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
+    if (kLayout.super_bytes() > 0 && tile % kTilesPerSuper == 0) {
+      super = p;
+      p += kLayout.super_bytes();
+    }
+    const Tile<kBits> values(p);
+    const TileScales<kScales> scales(p + kLayout.value_bytes(), super);
+    p += kLayout.tile_bytes();
+    const std::int64_t at = tile * a.num_tokens + begin;
+    if constexpr (kFew > 0) {
+      add_tile<kBits, kScales, kFew>(values, scales, zero_point, a, at, few);
+    } else {
+      std::int64_t t = 0;
+      for (; t + kTokensPerTile <= count; t += kTokensPerTile) {
+        add_tile<kBits, kScales, kTokensPerTile>(values, scales, zero_point, a, at + t, acc + t);
+      }
+      for (; t < count; ++t)
+        add_tile<kBits, kScales, 1>(values, scales, zero_point, a, at + t, acc + t);
+    }
+  }
+  if constexpr (kFew > 0) {
+    for (int t = 0; t < kFew; ++t) {
+      for (int i = 0; i < kParts; ++i) out[t][i] = few[t][i];
+    }
+  }
+}
+
+// Float weights and float activations: sums over even and odd columns apart, joined at the end.
+template <class T, int kTokens>
+void float_tokens(const T* panel, const LinearParams& p, std::int64_t begin, F32 (*out)[kParts]) {
+  F32 acc[2][kTokens][kParts];
+  for (int parity = 0; parity < 2; ++parity) {
+    for (int t = 0; t < kTokens; ++t) {
+      for (int i = 0; i < kParts; ++i) acc[parity][t][i] = set1(0.0f);
+    }
+  }
+  const float* x = p.x + begin * p.x_stride;
+  for (std::int64_t col = 0; col < p.cols; ++col) {
+    const bool is_odd = col & 1;
+    for (int i = 0; i < kParts; ++i) {
+      const F32 w = load(panel + col * kPanelRows + i * kLanes);
+      for (int t = 0; t < kTokens; ++t) {
+        F32& sum = is_odd ? acc[1][t][i] : acc[0][t][i];
+        sum = fma(w, set1(x[t * p.x_stride + col]), sum);
+      }
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    for (int i = 0; i < kParts; ++i) out[t][i] = add(acc[0][t][i], acc[1][t][i]);
+  }
+}
+
+template <class T>
+void float_panel(const std::uint8_t* data, const LinearParams& p, std::int64_t begin,
+                 std::int64_t count, F32 (*out)[kParts]) {
+  const T* panel = reinterpret_cast<const T*>(data);
+  std::int64_t t = 0;
+  for (; t + 2 <= count; t += 2) float_tokens<T, 2>(panel, p, begin + t, out + t);
+  for (; t < count; ++t) float_tokens<T, 1>(panel, p, begin + t, out + t);
+}
+
+template <int kBits, ScaleKind kScales>
+void any_count(const std::uint8_t* data, int zero_point, std::int64_t num_tiles,
+               const Activations& a, std::int64_t begin, std::int64_t count, F32 (*out)[kParts]) {
+  switch (count) {
+    case 1:
+      return quantised_panel<kBits, kScales, 1>(data, zero_point, num_tiles, a, begin, count, out);
+    default:
+      return quantised_panel<kBits, kScales, 0>(data, zero_point, num_tiles, a, begin, count, out);
+  }
+}
+
+void one_panel(const LinearParams& p, const WeightSegment& segment, std::int64_t panel,
+               const Activations& a, std::int64_t begin, std::int64_t count, F32 (*out)[kParts]) {
+  const std::uint8_t* data = segment.data + panel * segment.panel_bytes;
+  const std::int64_t num_tiles = p.cols / kTileCols;
+  const int zero_point = layout_of(segment.type).zero_point;
+  switch (segment.type) {
+    case WeightType::f32:
+      return float_panel<float>(data, p, begin, count, out);
+    case WeightType::f16:
+      return float_panel<Half>(data, p, begin, count, out);
+    case WeightType::bf16:
+      return float_panel<BFloat>(data, p, begin, count, out);
+    case WeightType::q8_0:
+      return any_count<8, ScaleKind::d>(data, zero_point, num_tiles, a, begin, count, out);
+    case WeightType::q4_0:
+      return any_count<4, ScaleKind::d>(data, zero_point, num_tiles, a, begin, count, out);
+    case WeightType::q4_1:
+      return any_count<4, ScaleKind::dm>(data, zero_point, num_tiles, a, begin, count, out);
+    case WeightType::q5_0:
+      return any_count<5, ScaleKind::d>(data, zero_point, num_tiles, a, begin, count, out);
+    case WeightType::q5_1:
+      return any_count<5, ScaleKind::dm>(data, zero_point, num_tiles, a, begin, count, out);
+    case WeightType::q4_k:
+      return any_count<4, ScaleKind::k>(data, zero_point, num_tiles, a, begin, count, out);
+    case WeightType::q5_k:
+      return any_count<5, ScaleKind::k>(data, zero_point, num_tiles, a, begin, count, out);
+    case WeightType::q6_k:
+      return any_count<6, ScaleKind::k16>(data, zero_point, num_tiles, a, begin, count, out);
+  }
+}
+
+void write_panel(const LinearParams& p, const WeightSegment& segment, std::int64_t panel,
+                 std::int64_t begin, std::int64_t count, const F32 (*acc)[kParts]) {
+  const std::int64_t first = segment.row_begin + panel * kPanelRows;
+  const std::int64_t left = segment.num_rows - panel * kPanelRows;
+  for (std::int64_t t = 0; t < count; ++t) {
+    float* out = p.out + (begin + t) * p.out_stride + first;
+    const float* residual =
+        p.residual == nullptr ? nullptr : p.residual + (begin + t) * p.residual_stride + first;
+    if (left >= kPanelRows) {
+      for (int i = 0; i < kParts; ++i) {
+        F32 value = acc[t][i];
+        if (p.bias != nullptr) value = add(value, load(p.bias + first + i * kLanes));
+        if (residual != nullptr) value = add(value, load(residual + i * kLanes));
+        store(out + i * kLanes, value);
+      }
+      continue;
+    }
+    float values[kPanelRows];
+    for (int i = 0; i < kParts; ++i) store(values + i * kLanes, acc[t][i]);
+    for (std::int64_t row = 0; row < left; ++row) {
+      float value = values[row];
+      if (p.bias != nullptr) value += p.bias[first + row];
+      if (residual != nullptr) value += residual[row];
+      out[row] = value;
+    }
+  }
+}
+
+}  // namespace
+
+void linear(const LinearParams& p) {
+  bool any_quantised = false;
+  for (std::int64_t s = 0; s < p.num_segments; ++s)
+    any_quantised |= is_quantised(p.segments[s].type);
+  const std::int64_t num_tiles = any_quantised ? p.cols / kTileCols : 0;
+  const Activations a(scratch(Activations::bytes(num_tiles, p.num_tokens)), num_tiles,
+                      p.num_tokens);
+  if (any_quantised) {
+    parallel_for(p.num_tokens, 4, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t token = begin; token < end; ++token)
+        quantise_token(p.x + token * p.x_stride, num_tiles, token, a);
+    });
+  }
+  // Small enough chunks that the threads end together, large enough to stream.
+  const std::int64_t chunk = p.num_panels >= 512 ? 16 : p.num_panels >= 64 ? 4 : 1;
+  parallel_chunks(p.num_panels, chunk, [&](std::int64_t begin_panel, std::int64_t end_panel) {
+    F32 acc[kBlockTokens][kParts];
+    std::int64_t s = 0;
+    for (std::int64_t panel = begin_panel; panel < end_panel; ++panel) {
+      while (panel >= p.segments[s].panel_begin + p.segments[s].num_panels) ++s;
+      const WeightSegment& segment = p.segments[s];
+      for (std::int64_t begin = 0; begin < p.num_tokens; begin += kBlockTokens) {
+        const std::int64_t count =
+            p.num_tokens - begin < kBlockTokens ? p.num_tokens - begin : kBlockTokens;
+        one_panel(p, segment, panel - segment.panel_begin, a, begin, count, acc);
+        write_panel(p, segment, panel - segment.panel_begin, begin, count, acc);
+      }
+    }
+  });
+}
+
+}  // namespace fullbeam::cpu::FULLBEAM_ISA

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/gated_activation.h"
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "ops/ops.h"
+
+namespace fullbeam::ops {
+
+void gated_activation(const TensorView& x, const TensorView& out, const std::string& activation) {
+  Check check("gated_activation");
+  check.tensor("out", out, {"num_tokens", "size"}, {DType::f32}, false);
+  check.writable("out", out);
+  check.tensor("x", x, {"num_tokens", 2 * check.size("size")}, {DType::f32}, false);
+  GatedActivationParams p{};
+  if (activation == "silu") {
+    p.activation = Activation::silu;
+  } else if (activation == "gelu") {
+    p.activation = Activation::gelu;
+  } else if (activation == "gelu_tanh") {
+    p.activation = Activation::gelu_tanh;
+  } else {
+    check.fail("activation", "silu, gelu or gelu_tanh", activation);
+  }
+  p.x = static_cast<const float*>(x.data);
+  p.out = static_cast<float*>(out.data);
+  p.num_tokens = check.size("num_tokens");
+  p.size = check.size("size");
+  p.x_stride = x.strides[0];
+  p.out_stride = out.strides[0];
+  FULLBEAM_DISPATCH_CPU(gated_activation, x.device, p);
+}
+
+}  // namespace fullbeam::ops

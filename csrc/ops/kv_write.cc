@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/kv_write.h"
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "ops/ops.h"
+
+namespace fullbeam::ops {
+
+void kv_write(const TensorView& k, const TensorView& v, const TensorView& k_pages,
+              const TensorView& v_pages, const TensorView& slots) {
+  Check check("kv_write");
+  check.tensor("k", k, {"num_tokens", "num_kv_heads", "head_dim"}, {DType::f32}, false);
+  check.tensor("v", v, {"num_tokens", "num_kv_heads", "head_dim"}, {DType::f32}, false);
+  check.tensor("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"},
+               {DType::f32, DType::f16, DType::bf16});
+  check.tensor("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"},
+               {k_pages.dtype});
+  check.writable("k_pages", k_pages);
+  check.writable("v_pages", v_pages);
+  check.tensor("slots", slots, {"num_tokens"}, {DType::i64});
+  KvWriteParams p{};
+  p.k = static_cast<const float*>(k.data);
+  p.v = static_cast<const float*>(v.data);
+  p.k_pages = k_pages.data;
+  p.v_pages = v_pages.data;
+  p.slots = static_cast<const std::int64_t*>(slots.data);
+  p.dtype = k_pages.dtype;
+  p.num_tokens = check.size("num_tokens");
+  p.num_kv_heads = check.size("num_kv_heads");
+  p.head_dim = check.size("head_dim");
+  p.num_pages = check.size("num_pages");
+  p.page_size = check.size("page_size");
+  p.k_token_stride = k.strides[0];
+  p.k_head_stride = k.strides[1];
+  p.v_token_stride = v.strides[0];
+  p.v_head_stride = v.strides[1];
+  // What a recorded program will find in the slots isn't known yet.
+  const std::int64_t num_slots = p.num_pages * p.page_size;
+  if (slots.device == Device::cpu && Program::recording() == nullptr) {
+    for (std::int64_t token = 0; token < p.num_tokens; ++token) {
+      check.require(p.slots[token] < num_slots, "slots",
+                    "below num_pages*page_size=" + std::to_string(num_slots),
+                    std::to_string(p.slots[token]));
+    }
+  }
+  FULLBEAM_DISPATCH_CPU(kv_write, k.device, p);
+}
+
+}  // namespace fullbeam::ops

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "core/op.h"
+
+namespace fullbeam {
+
+// out = x / sqrt(mean(x^2) + eps) * (weight + weight_offset) [+ residual], over the last dimension.
+// `out` may be `x` or `residual`. Rows are addressed as [num_tokens, num_heads]: one norm per head
+// where num_heads > 1.
+struct RmsNormParams {
+  const float* x;         // [num_tokens, num_heads, size]
+  const float* weight;    // [size]
+  const float* residual;  // [num_tokens, num_heads, size] or nullptr
+  float* out;             // [num_tokens, num_heads, size]
+  float eps, weight_offset;
+  std::int64_t num_tokens, num_heads, size;
+  std::int64_t x_stride, residual_stride, out_stride;                 // per token, in elements
+  std::int64_t x_head_stride, residual_head_stride, out_head_stride;  // per head
+};
+
+FULLBEAM_DECLARE_OP(rms_norm, RmsNormParams)
+
+}  // namespace fullbeam
