@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fullbeam import ops, reference
+from op_helpers import Array, assert_accurate, guarded, num_threads, strided
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+def make_weight(rng: Any, parts: list[tuple[str, int]], cols: int) -> tuple[Any, Array]:
+    """Packed parts of (type, rows), and the same matrix dequantised."""
+    packed, dense = [], []
+    for kind, rows in parts:
+        data = reference.quantize(rng.standard_normal((rows, cols)), kind)
+        packed.append((data, kind, (rows, cols)))
+        dense.append(reference.dequantize(data, kind, (rows, cols)))
+    return ops.pack_weight(packed), np.concatenate(dense)
+
+
+def assert_product(out: Array, x: Array, dense: Array, kind: str, **terms: Array) -> None:
+    seen = x if kind in FLOATS else reference.round_activations(x)
+    naive = seen.astype(np.float32) @ dense.T
+    for term in terms.values():
+        naive = naive + term
+    assert_accurate(out, reference.linear(seen, dense, **terms), naive)
+
+
+@pytest.mark.parametrize("kind", reference.WEIGHT_TYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 130])
+def test_linear_is_accurate(rng: Any, num_tokens: int, kind: str) -> None:
+    weight, dense = make_weight(rng, [(kind, 37)], 512)
+    x = strided(rng.standard_normal((num_tokens, 512)).astype(np.float32))
+    with guarded((num_tokens, 37)) as out:
+        ops.linear(x, weight, out=out)
+        assert_product(out, x, dense, kind)
+
+
+@pytest.mark.parametrize("kind", reference.WEIGHT_TYPES)
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 64])
+def test_linear_takes_any_number_of_rows(rng: Any, rows: int, kind: str) -> None:
+    weight, dense = make_weight(rng, [(kind, rows)], 256)
+    x = rng.standard_normal((3, 256)).astype(np.float32)
+    assert_product(ops.linear(x, weight), x, dense, kind)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in reference.WEIGHT_TYPES if "_K" not in kind])
+@pytest.mark.parametrize("cols", [32, 96, 320])
+def test_linear_takes_columns_by_blocks_of_32(rng: Any, cols: int, kind: str) -> None:
+    weight, dense = make_weight(rng, [(kind, 20)], cols)
+    x = rng.standard_normal((5, cols)).astype(np.float32)
+    assert_product(ops.linear(x, weight), x, dense, kind)
+
+
+@pytest.mark.parametrize("kind", reference.WEIGHT_TYPES)
+def test_linear_takes_extreme_blocks(rng: Any, kind: str) -> None:
+    """Largest levels of both signs against the largest activations: no saturation on the way."""
+    sizes = np.where(rng.random((16, 256)) < 0.5, -1.0, 1.0)
+    sizes[:4], sizes[4:8] = 1.0, -1.0
+    data = reference.quantize(sizes, kind)
+    dense = reference.dequantize(data, kind, sizes.shape)
+    x = np.concatenate([np.ones((1, 256)), -np.ones((1, 256)), sizes[:3]]).astype(np.float32)
+    assert_product(ops.linear(x, ops.pack_weight([(data, kind, sizes.shape)])), x, dense, kind)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in reference.WEIGHT_TYPES if kind not in FLOATS])
+def test_linear_takes_blocks_of_any_bytes(rng: Any, kind: str) -> None:
+    data = reference.quantize(np.zeros((20, 512)), kind)
+    data[:] = rng.integers(0, 256, data.size)
+    blocks = data.reshape(20 * 512 // (256 if "_K" in kind else 32), -1)
+    scales_at = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+    for at in scales_at.get(kind, (0,)):
+        scales = rng.standard_normal((len(blocks), 1)).astype(np.float16)  # finite, of both signs
+        blocks[:, at : at + 2] = scales.view(np.uint8)
+    weight = ops.pack_weight([(data, kind, (20, 512))])
+    x = rng.standard_normal((3, 512)).astype(np.float32)
+    assert_product(ops.linear(x, weight), x, reference.dequantize(data, kind, (20, 512)), kind)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [("Q4_K", 48), ("Q6_K", 16), ("Q4_K", 16)],
+        [("Q5_0", 17), ("Q8_0", 1), ("Q4_K", 33), ("Q5_K", 5)],
+        [("Q4_0", 16), ("Q4_1", 3), ("Q5_1", 30)],
+        [("F32", 5), ("F16", 16), ("BF16", 20)],
+        [("Q8_0", 20), ("F32", 10)],
+    ],
+)
+@pytest.mark.parametrize("num_tokens", [1, 6])
+def test_linear_stacks_parts_of_different_types(
+    rng: Any, parts: list[tuple[str, int]], num_tokens: int
+) -> None:
+    weight, dense = make_weight(rng, parts, 256)
+    assert weight.shape == dense.shape
+    x = rng.standard_normal((num_tokens, 256)).astype(np.float32)
+    out, begin = ops.linear(x, weight), 0
+    for kind, rows in parts:
+        rows_of_part = slice(begin, begin + rows)
+        assert_product(out[:, rows_of_part].copy(), x, dense[rows_of_part], kind)
+        begin += rows
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K"])
+def test_linear_adds_bias_and_residual_in_place(rng: Any, kind: str) -> None:
+    weight, dense = make_weight(rng, [(kind, 40)], 256)
+    x = rng.standard_normal((5, 256)).astype(np.float32)
+    bias = rng.standard_normal(40).astype(np.float32)
+    residual = strided(rng.standard_normal((5, 40)).astype(np.float32))
+    assert_product(ops.linear(x, weight, bias=bias), x, dense, kind, bias=bias)
+    before = residual.copy()
+    ops.linear(x, weight, bias=bias, residual=residual, out=residual)
+    assert_product(residual, x, dense, kind, bias=bias, residual=before)
+
+
+@pytest.mark.parametrize("kind", reference.WEIGHT_TYPES)
+def test_linear_of_a_token_ignores_the_other_tokens(rng: Any, kind: str) -> None:
+    weight, _ = make_weight(rng, [(kind, 40)], 512)
+    x = rng.standard_normal((70, 512)).astype(np.float32)
+    together = ops.linear(x, weight)
+    for begin, end in [(0, 1), (69, 70), (3, 5), (10, 13), (20, 24), (30, 39), (1, 70)]:
+        np.testing.assert_array_equal(ops.linear(x[begin:end], weight), together[begin:end])
+    for count in (1, 3):
+        with num_threads(count):
+            np.testing.assert_array_equal(ops.linear(x, weight), together)
+            np.testing.assert_array_equal(ops.linear(x[:2], weight), together[:2])
+    x[1::2] = np.nan
+    np.testing.assert_array_equal(ops.linear(x, weight)[::2], together[::2])
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q6_K"])
+def test_linear_of_zeros_and_of_tiny_numbers(kind: str, rng: Any) -> None:
+    weight, dense = make_weight(rng, [(kind, 16)], 256)
+    x = np.zeros((3, 256), np.float32)
+    x[1] = 1e-30 * rng.standard_normal(256)
+    x[2] = 1e30 * rng.standard_normal(256)
+    out = ops.linear(x, weight)
+    np.testing.assert_array_equal(out[0], 0)
+    for row in (1, 2):
+        assert_product(out[row : row + 1], x[row : row + 1], dense, kind)
+
+
+def test_linear_refuses_what_does_not_fit(rng: Any) -> None:
+    weight, _ = make_weight(rng, [("Q8_0", 16)], 64)
+    x = np.zeros((2, 64), np.float32)
+    with pytest.raises(ValueError, match=r"^linear: x must be \[num_tokens, 64\], got \[2, 32\]$"):
+        ops.linear(x[:, :32], weight)
+    with pytest.raises(TypeError, match=r"^linear: x must be float32, got float16$"):
+        ops.linear(x.astype(np.float16), weight)
+    with pytest.raises(ValueError, match=r"^linear: bias must be \[16\], got \[15\]$"):
+        ops.linear(x, weight, bias=np.zeros(15, np.float32))
+    with pytest.raises(ValueError, match=r"^linear: residual must be \[num_tokens=2, 16\], got"):
+        ops.linear(x, weight, residual=np.zeros((3, 16), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("data_bytes", "kind", "shape"),
+    [
+        (33, "Q8_0", (1, 32)),
+        (34, "Q8_0", (1, 33)),
+        (34, "Q2_K", (1, 32)),
+        (0, "Q8_0", (0, 32)),
+        (34, "Q8_0", (-1, 32)),
+        (34, "Q8_0", (2**62, 32)),
+        (34, "Q4_K", (1, 32)),
+    ],
+)
+def test_pack_weight_refuses_what_does_not_fit(
+    data_bytes: int, kind: str, shape: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match=r"^pack_weight: "):
+        ops.pack_weight([(np.zeros(data_bytes, np.uint8), kind, shape)])
+
+
+def test_pack_weight_refuses_parts_of_different_columns() -> None:
+    parts = [(np.zeros(34 * n, np.uint8), "Q8_0", (1, 32 * n)) for n in (1, 2)]
+    with pytest.raises(ValueError, match=r"^pack_weight: "):
+        ops.pack_weight(parts)
+    with pytest.raises(ValueError, match=r"^pack_weight: "):
+        ops.pack_weight([])
+    with pytest.raises(TypeError, match=r"^pack_weight: data must be uint8, got float32$"):
+        ops.pack_weight([(np.zeros(34, np.float32), "Q8_0", (1, 32))])
