@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: requests come in from any thread, one thread steps, results go to callbacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fullbeam.engine.decoder import Selector
+from fullbeam.engine.pages import PagePool
+from fullbeam.engine.prompt import encode_prompt
+from fullbeam.engine.runner import Decoder, Runner
+from fullbeam.engine.scheduler import Scheduler, Work
+from fullbeam.engine.sequence import (
+    Event,
+    Request,
+    RequestCancelled,
+    Row,
+    pages_needed,
+)
+from fullbeam.engine.sequence import Sequence as TokenSequence
+from fullbeam.engine.text import Piece, Tokenizer, TokenNames
+from fullbeam.params import DEFAULT_MAX_TOKENS, CompletionParams, ContextLengthError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine is doing, and has done since its start."""
+
+    num_waiting: int  # sequences that wait for rows or pages
+    num_running: int  # sequences that have them
+    num_rows: int  # choices that the running sequences decode
+    num_pages: int
+    num_used_pages: int
+    num_cached_pages: int  # held by nobody, kept for prefix reuse
+    num_computed_tokens: int
+    num_reused_tokens: int  # prompt tokens spared by prefix reuse
+    num_generated_tokens: int
+    num_preemptions: int
+
+
+class Engine:
+    """Completes many prompts at once.
+
+    Parameters
+    ----------
+    decoder, tokenizer
+        The model; see `fullbeam.engine.runner.Decoder` and `fullbeam.engine.text.Tokenizer`.
+    context
+        Most tokens of a prompt and its completion together; None: what the model was made for.
+    max_rows
+        Most choices decoded at once.
+    num_pages, page_size
+        KV cache: pages, and tokens in each; `num_pages` None: enough for `max_rows` full contexts.
+    token_budget
+        Most tokens computed in a step, at least `max_rows`: prompts are cut into chunks.
+    max_scored_tokens
+        Most prompt tokens in a step whose logits are kept to be scored.
+
+    Notes
+    -----
+    `submit` and `cancel` may be called from any thread, `step` from one at a time. Callbacks are
+    called by the thread that steps, or that submits or cancels, and must not block.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        context: int | None = None,
+        max_rows: int = 16,
+        num_pages: int | None = None,
+        page_size: int = 16,
+        token_budget: int = 512,
+        max_scored_tokens: int = 64,
+    ) -> None:
+        context = decoder.config.context_len if context is None else context
+        _at_least("context", context, 1)
+        _at_least("max_rows", max_rows, 1)
+        _at_least("page_size", page_size, 1)
+        _at_least("token_budget", token_budget, max_rows)
+        _at_least("max_scored_tokens", max_scored_tokens, 1)
+        max_pages_per_seq = -(-context // page_size)
+        num_pages = max_rows * max_pages_per_seq if num_pages is None else num_pages
+        _at_least("num_pages", num_pages, 1)
+        self.context = context
+        self.max_rows = max_rows
+        self.wake = threading.Event()  # set when there may be something to do
+        self.tokenizer = tokenizer
+        self._vocab_size = decoder.config.vocab_size
+        self._names = TokenNames(tokenizer)
+        kv = decoder.allocate_kv(num_pages, page_size)
+        self._scheduler = Scheduler(
+            PagePool(num_pages, page_size),
+            copy_page=kv.copy_page,
+            max_pages_per_seq=max_pages_per_seq,
+            max_rows=max_rows,
+            token_budget=token_budget,
+            max_scored_tokens=max_scored_tokens,
+        )
+        self._runner = Runner(
+            decoder,
+            kv,
+            page_size=page_size,
+            max_pages_per_seq=max_pages_per_seq,
+            max_seqs=max_rows,
+            max_tokens=token_budget,
+        )
+        self._selector = Selector()
+        self._inbox: deque[tuple[Callable[[Request], None], Request]] = deque()
+        self._lock = threading.Lock()  # held while the state below the inbox changes
+        self._is_closed = False
+        self._num_computed_tokens = 0
+        self._num_generated_tokens = 0
+
+    def submit(
+        self,
+        prompt: str | Sequence[int] | None,
+        params: CompletionParams | None = None,
+        *,
+        on_event: Callable[[Event], None],
+        prompt_index: int = 0,
+        stream: bool = False,
+    ) -> Request:
+        """Queue one prompt.
+
+        Parameters
+        ----------
+        prompt
+            Text, or token ids (taken as they are); "" and None: the start of a document.
+        params
+            How to complete it; None: the defaults.
+        on_event
+            Called with each `Piece`: one for each choice, or as text comes where `stream` is
+            given. A choice ends with the piece that has a `finish_reason`, a failed or cancelled
+            request with an exception instead of a piece.
+        prompt_index
+            Which of the caller's prompts this is: a key of the random draws, and part of
+            `Piece.index`.
+
+        Raises
+        ------
+        ValueError
+            For ids outside the vocabulary, a prompt that does not fit into the context
+            (`ContextLengthError`), or a request that does not fit into the KV cache.
+        RuntimeError
+            When the engine is closed.
+        """
+        params = CompletionParams() if params is None else params
+        if self._is_closed:
+            raise RuntimeError("submit: the engine is closed")
+        token_ids = encode_prompt(self.tokenizer, self._vocab_size, prompt)
+        for token_id in params.stop_ids:
+            if token_id >= self._vocab_size:
+                raise ValueError(
+                    f"submit: stop_token_ids must be in 0..{self._vocab_size - 1}, got {token_id}"
+                )
+        max_tokens = self._num_allowed(len(token_ids), params.max_tokens)
+        seed = params.seed
+        if seed is None:
+            seed = int.from_bytes(os.urandom(8), "little")
+        end_ids = frozenset(params.stop_ids)
+        request = Request(
+            prompt_ids=token_ids,
+            given_text="" if prompt is None else prompt if isinstance(prompt, str) else None,
+            params=params,
+            max_tokens=max_tokens,
+            prompt_index=prompt_index,
+            seed=seed & (2**64 - 1),
+            stream=stream,
+            on_event=on_event,
+            tokenizer=self.tokenizer,
+            names=self._names,
+            end_ids=end_ids if params.ignore_eos else end_ids | self.tokenizer.eos_ids,
+        )
+        width = self._rows_together(request)
+        request.sequences = [
+            TokenSequence(request, range(first, min(first + width, params.n)))
+            for first in range(0, params.n, width)
+        ]
+        self._post(self._enter, request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request and free its rows and pages, at once or when the step under way ends."""
+        self._post(self._drop, request)
+
+    def step(self) -> bool:
+        """Compute the next tokens of whatever is running; return whether there was work."""
+        with self._lock:
+            busy = self._read_inbox()
+            try:
+                works = self._scheduler.plan()
+            except Exception as cause:
+                scheduler = self._scheduler
+                self._fail_all([*scheduler.running, *scheduler.waiting], cause)
+                return True
+            if works:
+                self._run(works)
+            return busy or bool(works)
+
+    def generate(
+        self, prompt: str | Sequence[int] | None, params: CompletionParams | None = None
+    ) -> list[Piece]:
+        """Complete one prompt by stepping here until it is done; return its choices in order."""
+        events: list[Event] = []
+        request = self.submit(prompt, params, on_event=events.append)
+        while not request.closed:
+            self.step()
+        pieces = []
+        for event in events:
+            if isinstance(event, Exception):
+                raise event
+            pieces.append(event)
+        return sorted(pieces, key=lambda piece: piece.index)
+
+    def close(self) -> None:
+        """Cancel every request and accept no more."""
+        self._is_closed = True
+        with self._lock:
+            self._read_inbox()
+            scheduler = self._scheduler
+            for sequence in [*scheduler.running, *scheduler.waiting]:
+                self._drop(sequence.request)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests and sequences that are not running yet."""
+        return len(self._inbox) + len(self._scheduler.waiting)
+
+    def stats(self) -> EngineStats:
+        """Return counts for monitoring; taken without stopping the engine."""
+        scheduler = self._scheduler
+        pool = scheduler.pool
+        running = list(scheduler.running)
+        return EngineStats(
+            num_waiting=self.num_waiting,
+            num_running=len(running),
+            num_rows=sum(len(sequence.live_rows) for sequence in running),
+            num_pages=pool.num_pages,
+            num_used_pages=pool.num_pages - pool.num_available,
+            num_cached_pages=pool.num_cached,
+            num_computed_tokens=self._num_computed_tokens,
+            num_reused_tokens=scheduler.num_reused_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=scheduler.num_preemptions,
+        )
+
+    def check(self) -> None:
+        """Assert that pages and their references balance (for tests)."""
+        scheduler = self._scheduler
+        tables = [table for sequence in scheduler.running for table in sequence.tables()]
+        scheduler.pool.check([page for table in tables for page in table.pages])
+        for sequence in scheduler.waiting:
+            assert not sequence.tables(), "a waiting sequence holds pages"
+        num_rows = sum(len(sequence.live_rows) for sequence in scheduler.running)
+        assert num_rows <= self.max_rows, "more rows run than allowed"
+
+    def _num_allowed(self, num_prompt: int, max_tokens: int | None) -> int:
+        """Return how many tokens to generate."""
+        if max_tokens is None and num_prompt <= self.context:
+            return min(DEFAULT_MAX_TOKENS, self.context - num_prompt)
+        wanted = max_tokens or 0
+        if num_prompt + wanted > self.context:
+            raise ContextLengthError(self.context, num_prompt, wanted)
+        return wanted
+
+    def _rows_together(self, request: Request) -> int:
+        """Return how many choices one sequence may have, so that it can run to its end alone."""
+        pool = self._scheduler.pool
+        num_prompt, max_tokens = request.num_prompt_tokens, request.max_tokens
+        for width in range(min(request.params.n, self.max_rows), 0, -1):
+            if pages_needed(num_prompt, max_tokens, width, pool.page_size) <= pool.num_pages:
+                return width
+        raise ValueError(
+            f"submit: prompt + max_tokens must fit into the KV cache of "
+            f"{pool.num_pages * pool.page_size} tokens, got {num_prompt} + {max_tokens}"
+        )
+
+    def _post(self, action: Callable[[Request], None], request: Request) -> None:
+        """Apply a change now if no step is under way, else before the next one."""
+        self._inbox.append((action, request))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._read_inbox()
+            finally:
+                self._lock.release()
+        self.wake.set()
+
+    def _read_inbox(self) -> bool:
+        busy = False
+        while self._inbox:
+            action, request = self._inbox.popleft()
+            action(request)
+            busy = True
+        return busy
+
+    def _enter(self, request: Request) -> None:
+        for sequence in request.sequences:
+            if sequence.num_trunk_tokens == 0:  # nothing to compute
+                for row in sequence.rows:
+                    row.finish_without_token()
+                    self._report(row)
+            else:
+                self._scheduler.waiting.append(sequence)
+
+    def _drop(self, request: Request) -> None:
+        if not request.closed:
+            self._fail(request, RequestCancelled("the request was cancelled"))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        for sequence in request.sequences:
+            self._scheduler.remove(sequence)
+        if not request.closed:
+            request.closed = True
+            self._deliver(request, error)
+
+    def _fail_all(self, sequences: list[TokenSequence], cause: Exception) -> None:
+        _log.error("a step failed", exc_info=cause)
+        for sequence in sequences:
+            self._fail(sequence.request, _fault("the step failed", cause))
+
+    def _run(self, works: list[Work]) -> None:
+        try:
+            logits = self._runner.forward(works)
+            selection = self._selector.select(works, logits)
+            changed, failed = self._scheduler.commit(works, selection)
+        except Exception as cause:
+            self._fail_all([work.sequence for work in works], cause)
+            return
+        self._num_computed_tokens += sum(work.count for work in works)
+        self._num_generated_tokens += len(selection.token_ids)
+        for sequence in failed:
+            error = RuntimeError("engine: the model gave no finite logit")
+            self._fail(sequence.request, error)
+        for row in changed:
+            if row.finish_reason is not None or row.sequence.request.stream:
+                self._report(row)
+
+    def _report(self, row: Row) -> None:
+        request = row.sequence.request
+        if request.closed:
+            return
+        try:
+            piece = row.take_piece()
+        except Exception as cause:
+            self._fail(request, _fault("a result could not be put into text", cause))
+            return
+        if piece is None:
+            return
+        if piece.finish_reason is not None:
+            request.num_open -= 1
+            request.closed = request.num_open == 0
+        self._deliver(request, piece)
+
+    def _deliver(self, request: Request, event: Event) -> None:
+        try:
+            request.on_event(event)
+        except Exception:
+            _log.warning("a request is dropped: its receiver failed", exc_info=True)
+            request.closed = True
+            for sequence in request.sequences:
+                self._scheduler.remove(sequence)
+
+
+def _fault(what: str, cause: Exception) -> RuntimeError:
+    error = RuntimeError(f"engine: {what}: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+def _at_least(name: str, value: Any, bound: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"Engine: {name} must be an integer, got {type(value).__name__}")
+    if value < bound:
+        raise ValueError(f"Engine: {name} must be at least {bound}, got {value}")

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work to Batch, Batch to logits."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from fullbeam.engine.batch import Batch, FloatArray
+from fullbeam.engine.scheduler import Work
+
+
+class ModelConfig(Protocol):
+    """What the engine reads of a model's configuration."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits in a row."""
+
+    @property
+    def context_len(self) -> int:
+        """Most positions that the model was made for."""
+
+
+class KvCache(Protocol):
+    """Keys and values of all layers, in pages."""
+
+    def copy_page(self, src: int, dst: int) -> None:
+        """Copy one page to another, in all layers."""
+
+
+class Decoder(Protocol):
+    """A model: tokens and their places in, logits out.
+
+    The numbers of a token never depend on the rest of the batch nor on how a chain is cut into
+    steps: prefix reuse, forks and preemption rely on it.
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes."""
+
+    def allocate_kv(self, num_pages: int, page_size: int) -> KvCache:
+        """Make room for `num_pages` pages of `page_size` tokens."""
+
+    def forward(self, batch: Batch, kv: Any) -> FloatArray:
+        """Return logits [num_logit_rows, vocab_size], valid until the next call.
+
+        `kv` comes from its own allocate_kv.
+        """
+
+
+class Runner:
+    """Runs the model on a step's work; keeps the batch's arrays from step to step."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KvCache,
+        *,
+        page_size: int,
+        max_pages_per_seq: int,
+        max_seqs: int,
+        max_tokens: int,
+    ) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._page_size = page_size
+        self._token_ids = np.zeros(max_tokens, np.int32)
+        self._positions = np.zeros(max_tokens, np.int32)
+        self._slots = np.zeros(max_tokens, np.int64)
+        self._query_starts = np.zeros(max_seqs + 1, np.int32)
+        self._page_table = np.full((max_seqs, max_pages_per_seq), -1, np.int32)
+        self._seq_lens = np.zeros(max_seqs, np.int32)
+
+    def forward(self, works: list[Work]) -> FloatArray:
+        """Return the logits that the work asks for, in its order: scored tokens, then the last."""
+        return self._decoder.forward(self.batch(works), self._kv)
+
+    def batch(self, works: list[Work]) -> Batch:
+        """Lay the work out for the model."""
+        size = self._page_size
+        token_ids, positions, slots = self._token_ids, self._positions, self._slots
+        num_tokens = num_decode = 0
+        logit_rows: list[int] = []
+        for idx, work in enumerate(works):
+            start, count = work.start, work.count
+            if count == 1:
+                num_decode += 1
+                token_ids[num_tokens] = work.ids[start]
+                positions[num_tokens] = start
+                slots[num_tokens] = work.table.pages[start // size] * size + start % size
+            else:
+                end = num_tokens + count
+                token_ids[num_tokens:end] = work.ids[start : start + count]
+                span = np.arange(start, start + count)
+                positions[num_tokens:end] = span
+                pages = work.table.row[span // size].astype(np.int64)
+                slots[num_tokens:end] = pages * size + span % size
+            self._page_table[idx] = work.table.row
+            self._seq_lens[idx] = start + count
+            if work.score_stop > work.score_start:
+                first = num_tokens - start
+                logit_rows += range(first + work.score_start, first + work.score_stop)
+            num_tokens += count
+            self._query_starts[idx + 1] = num_tokens
+            if work.drawing:
+                logit_rows.append(num_tokens - 1)
+        num_seqs = len(works)
+        return Batch(
+            token_ids=token_ids[:num_tokens],
+            positions=positions[:num_tokens],
+            slots=slots[:num_tokens],
+            query_starts=self._query_starts[: num_seqs + 1],
+            num_decode=num_decode,
+            page_table=self._page_table[:num_seqs],
+            seq_lens=self._seq_lens[:num_seqs],
+            logit_rows=np.array(logit_rows, np.int32),
+        )

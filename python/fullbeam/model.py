@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded model: complete, stream and score, from threads and from asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fullbeam.engine.engine import Engine
+from fullbeam.engine.loop import EngineLoop
+from fullbeam.engine.memory import PAGE_SIZE, available_bytes, plan_kv
+from fullbeam.engine.sequence import Event, Request
+from fullbeam.engine.text import Piece, Tokenizer
+from fullbeam.params import CompletionParams
+from fullbeam.results import Completion, Score, Tally, Usage, as_choice
+
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | None
+
+
+def load(
+    model: str | None = None,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    max_rows: int | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> Model:
+    """Load a model.
+
+    Parameters
+    ----------
+    model
+        Catalogue name, `.gguf` file, folder, or hub id; None: the catalogue's default.
+    device
+        "auto" or "cpu"; "cuda" is not in this build.
+    threads
+        Threads to compute with; None: one for each physical core.
+    context
+        Most tokens of a prompt and its completion; None: what the model was made for, at most
+        4096 and what memory holds.
+    max_rows
+        Most choices decoded at once, 16 unless given.
+    progress
+        Called with a share in 0..1 and what is being done.
+
+    Raises
+    ------
+    ValueError
+        For an unknown model or device, a damaged file, or when there is no room for the KV cache.
+    NotImplementedError
+        For device "cuda".
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"load: device must be 'auto', 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda":
+        raise NotImplementedError("load: device 'cuda' is not in this build, which has 'cpu'")
+    from fullbeam.models import open_model
+    from fullbeam.models.catalog import resolve
+
+    path = resolve(model, progress=progress)
+    opened = open_model(path, threads=threads, progress=progress)
+    decoder = opened.decoder
+    plan = plan_kv(
+        bytes_per_token=decoder.kv_bytes_per_token(),
+        model_context=decoder.config.context_len,
+        context=context,
+        max_rows=max_rows,
+        available_bytes=available_bytes(),
+    )
+    engine = Engine(
+        decoder,
+        opened.tokenizer,
+        context=plan.context,
+        max_rows=plan.max_rows,
+        num_pages=plan.num_pages,
+        page_size=PAGE_SIZE,
+        token_budget=max(512, plan.max_rows),
+    )
+    return Model(engine, name=opened.name, path=path)
+
+
+class Model:
+    """Completes text; all calls from all threads share one batch.
+
+    A thread that computes is started by the first call and ended by `close`, which a `with`
+    statement does too. `prompt` is a text, several texts, token ids, or several lists of them;
+    `fields` are those of `CompletionParams`, which `params` gives as a whole instead.
+    """
+
+    def __init__(self, engine: Engine, *, name: str, path: Path | None = None) -> None:
+        self.name = name
+        self.path = path
+        self.device = "cpu"
+        self.engine = engine
+        self._loop = EngineLoop(engine)
+        self._finalizer = weakref.finalize(self, self._loop.stop)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back."""
+        return self.engine.tokenizer
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its completion together."""
+        return self.engine.context
+
+    def complete(
+        self, prompt: Prompt = None, *, params: CompletionParams | None = None, **fields: Any
+    ) -> Completion:
+        """Complete one or several prompts and wait for the result.
+
+        Raises
+        ------
+        TypeError
+            For an unknown field or a value of the wrong kind.
+        ValueError
+            For a value out of range, an empty list, or a prompt that does not fit.
+        RuntimeError
+            When the model is closed or the engine fails.
+        """
+        with CompletionStream(self, prompt, _params(params, fields), stream=False) as stream:
+            pieces = list(stream)
+        return _completion(pieces, stream.usage)
+
+    def stream(
+        self, prompt: Prompt = None, *, params: CompletionParams | None = None, **fields: Any
+    ) -> CompletionStream:
+        """Return an iterator over pieces of text as they come; closing it stops the work.
+
+        Raises as `complete`, at once for bad arguments.
+        """
+        return CompletionStream(self, prompt, _params(params, fields), stream=True)
+
+    async def acomplete(
+        self, prompt: Prompt = None, *, params: CompletionParams | None = None, **fields: Any
+    ) -> Completion:
+        """Complete like `complete`; cancelling the task stops the work."""
+        stream = AsyncCompletionStream(self, prompt, _params(params, fields), stream=False)
+        try:
+            pieces = [piece async for piece in stream]
+        finally:
+            stream.close()
+        return _completion(pieces, stream.usage)
+
+    def astream(
+        self, prompt: Prompt = None, *, params: CompletionParams | None = None, **fields: Any
+    ) -> AsyncCompletionStream:
+        """Return an asynchronous iterator over pieces; to be called inside a running event loop."""
+        return AsyncCompletionStream(self, prompt, _params(params, fields), stream=True)
+
+    def score(self, prompt: Prompt) -> Score | list[Score]:
+        """Return the log-probability of each token of a text: a list of them for several prompts.
+
+        Raises as `complete`.
+        """
+        params = CompletionParams(max_tokens=0, echo=True, logprobs=1)
+        with CompletionStream(self, prompt, params, stream=False) as stream:
+            pieces = sorted(stream, key=lambda piece: piece.index)
+        scores = [
+            _score(request.prompt_ids.tolist(), piece)
+            for request, piece in zip(stream.requests, pieces, strict=True)
+        ]
+        return scores if _is_several(prompt) else scores[0]
+
+    def close(self) -> None:
+        """End the thread; calls under way raise RuntimeError."""
+        self._finalizer()
+
+    def __enter__(self) -> Model:
+        """Return the model itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the model."""
+        self.close()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: CompletionParams,
+        *,
+        stream: bool,
+        on_event: Callable[[Event], None],
+    ) -> list[Request]:
+        """Queue all prompts of a call, or none if one is refused."""
+        requests: list[Request] = []
+        try:
+            for idx, item in enumerate(split_prompt(prompt)):
+                requests.append(
+                    self.engine.submit(
+                        item, params, on_event=on_event, prompt_index=idx, stream=stream
+                    )
+                )
+        except BaseException:
+            for request in requests:
+                self.engine.cancel(request)
+            raise
+        self._loop.start()
+        return requests
+
+
+class _Call:
+    """What the two streams share: the requests of a call and their counts."""
+
+    requests: Sequence[Request] = ()
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: Prompt,
+        params: CompletionParams,
+        *,
+        stream: bool,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._model = model  # keeps the engine's thread alive
+        self.requests = model.submit(prompt, params, stream=stream, on_event=on_event)
+        num_prompt_tokens = sum(request.num_prompt_tokens for request in self.requests)
+        self._tally = Tally(num_prompt_tokens, params.n * len(self.requests))
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        return self._tally.usage
+
+    def close(self) -> None:
+        """Stop the work that is not done yet."""
+        for request in self.requests:
+            if not request.closed:
+                self._model.engine.cancel(request)
+
+    def __del__(self) -> None:
+        """Stop the work of a stream that nobody reads any more."""
+        self.close()
+
+    def _accept(self, event: Event) -> Piece:
+        if isinstance(event, Exception):
+            self._tally.num_open = 0
+            self.close()
+            raise event
+        self._tally.add(event)
+        return event
+
+
+class CompletionStream(_Call, Iterator[Piece]):
+    """Pieces of a call as they come; leaving a `with` block stops what is not done."""
+
+    def __init__(
+        self, model: Model, prompt: Prompt, params: CompletionParams, *, stream: bool
+    ) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        super().__init__(model, prompt, params, stream=stream, on_event=self._events.put)
+
+    def __next__(self) -> Piece:
+        """Wait for the next piece."""
+        if self._tally.num_open == 0:
+            raise StopIteration
+        try:
+            event = self._events.get()
+        except BaseException:
+            self.close()
+            raise
+        return self._accept(event)
+
+    def __enter__(self) -> CompletionStream:
+        """Return the stream itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop what is not done."""
+        self.close()
+
+
+class AsyncCompletionStream(_Call, AsyncIterator[Piece]):
+    """Pieces of a call as they come, for asyncio; cancelling the reader stops the work."""
+
+    def __init__(
+        self, model: Model, prompt: Prompt, params: CompletionParams, *, stream: bool
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        put = self._events.put_nowait
+
+        def on_event(event: Event) -> None:
+            loop.call_soon_threadsafe(put, event)
+
+        super().__init__(model, prompt, params, stream=stream, on_event=on_event)
+
+    async def __anext__(self) -> Piece:
+        """Wait for the next piece."""
+        if self._tally.num_open == 0:
+            raise StopAsyncIteration
+        try:
+            event = await self._events.get()
+        except BaseException:
+            self.close()
+            raise
+        return self._accept(event)
+
+    async def aclose(self) -> None:
+        """Stop what is not done."""
+        self.close()
+
+    async def __aenter__(self) -> AsyncCompletionStream:
+        """Return the stream itself."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop what is not done."""
+        self.close()
+
+
+def split_prompt(prompt: Prompt) -> list[str | list[int]]:
+    """Return the prompts that an argument stands for; "" and None stand for one empty text."""
+    if prompt is None or isinstance(prompt, str):
+        return [prompt or ""]
+    items: Any = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    if not isinstance(items, Sequence) or isinstance(items, (bytes, bytearray)):
+        raise _wrong_kind("prompt", items)
+    if not items:
+        raise ValueError("complete: prompt must hold at least one prompt or token id, got []")
+    if isinstance(items[0], str):
+        for idx, item in enumerate(items):
+            if not isinstance(item, str):
+                raise _wrong_kind(f"prompt[{idx}]", item)
+        return list(items)
+    if not _is_list(items[0]):
+        return [list(items)]
+    for idx, item in enumerate(items):
+        if not _is_list(item):
+            raise _wrong_kind(f"prompt[{idx}]", item)
+    return [item.tolist() if isinstance(item, np.ndarray) else list(item) for item in items]
+
+
+def _is_list(item: object) -> bool:
+    return isinstance(item, (Sequence, np.ndarray)) and not isinstance(item, (str, bytes))
+
+
+def _is_several(prompt: Prompt) -> bool:
+    if prompt is None or isinstance(prompt, str):
+        return False
+    return isinstance(prompt[0], str) or _is_list(prompt[0])
+
+
+def _wrong_kind(where: str, value: object) -> TypeError:
+    kind = type(value).__name__
+    return TypeError(f"complete: {where} must be text, token ids, or a list of either, got {kind}")
+
+
+def _params(params: CompletionParams | None, fields: dict[str, Any]) -> CompletionParams:
+    if params is None:
+        return CompletionParams(**fields)
+    if fields:
+        raise TypeError(f"complete: params must be given alone, got {', '.join(fields)} as well")
+    return params
+
+
+def _completion(pieces: list[Piece], usage: Usage) -> Completion:
+    choices = [as_choice(piece) for piece in sorted(pieces, key=lambda piece: piece.index)]
+    return Completion(choices, usage)
+
+
+def _score(token_ids: list[int], piece: Piece) -> Score:
+    logprobs = piece.logprobs
+    assert logprobs is not None
+    is_greedy = [
+        None if value is None or top is None else value >= max(top.values())
+        for value, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+    ]
+    return Score(
+        token_ids, logprobs.tokens, logprobs.token_logprobs, is_greedy, logprobs.text_offset
+    )
