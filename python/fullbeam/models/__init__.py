@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files -> models ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fullbeam.models.decoder import Decoder
+    from fullbeam.models.tokenizer import Tokenizer
+
+__all__ = ["OpenModel", "open_model"]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in memory."""
+
+    name: str
+    path: Path
+    decoder: Decoder
+    tokenizer: Tokenizer
+
+
+def open_model(
+    path: Path,
+    *,
+    threads: int | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> OpenModel:
+    """Read a GGUF file into memory.
+
+    Parameters
+    ----------
+    path : the file
+    threads : threads of a step; None = physical cores
+    progress : called with a fraction in 0..1 and what is being done
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, or a model that fullbeam doesn't know; the text names the file and
+        the field.
+    """
+    from fullbeam import _core
+    from fullbeam.models.decoder import Decoder
+    from fullbeam.models.families import read_config, read_weights
+    from fullbeam.models.gguf import GgufFile
+    from fullbeam.models.tokenizer import Tokenizer
+
+    threads = _core.num_physical_cores() if threads is None else threads
+    _core.set_num_threads(threads)
+    report = progress if progress is not None else (lambda fraction, what: None)
+    with GgufFile.open(path) as file:
+        config = read_config(file)
+        report(0.0, "tokenizer")
+        tokenizer = Tokenizer.from_gguf(file)
+        total = sum(len(tensor.data) for tensor in file.tensors.values())
+        done = 0
+
+        def packed(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            report(done / total, "weights")
+
+        decoder = Decoder(config, read_weights(file, config, packed), threads=threads)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer must have at most {config.vocab_size} tokens, the rows of "
+            f"token_embd.weight, got {tokenizer.vocab_size}"
+        )
+    return OpenModel(name=path.stem, path=path, decoder=decoder, tokenizer=tokenizer)
