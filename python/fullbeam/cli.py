@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `fullbeam` command: complete, serve, models, pull, info.
+
+Everything heavy is imported by the command that needs it, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fullbeam.model import Model
+    from fullbeam.params import CompletionParams
+    from fullbeam.results import Choice, Completion
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MAX_TOKENS = 128
+"""More than the 16 of the API: whoever types a command wants to see something."""
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+class Failure(click.ClickException):
+    """One line on standard error."""
+
+    exit_code = 1
+
+
+class BadInput(Failure):
+    """One line about what was asked for."""
+
+    exit_code = 2
+
+
+class Command(click.Command):
+    """A command whose failures are one line each, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:
+            # Nobody reads on: let the interpreter's last flush go nowhere, too.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(EXIT_BROKEN_PIPE)
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            text = " ".join(str(error).removeprefix("CompletionParams: ").split())
+            is_input = isinstance(error, (ValueError, TypeError, NotImplementedError))
+            kind = BadInput if is_input else Failure
+            raise kind(text or type(error).__name__) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="fullbeam", message="%(prog)s %(version)s")
+def main() -> None:
+    """Complete text and code on this machine."""
+
+
+def _model_options(command: F) -> F:
+    """Add the options that say how a model is loaded."""
+    for option in (
+        click.option("--context", type=int, help="Most tokens of prompt and completion together."),
+        click.option("--threads", type=int, help="Threads to compute with; default: the cores."),
+        click.option(
+            "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Backend."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command(cls=Command)
+@click.argument("words", nargs=-1, required=True, metavar="[MODEL] PROMPT")
+@click.option(
+    "--max-tokens", type=int, help=f"Most tokens to add; default: {MAX_TOKENS}, or what fits."
+)
+@click.option("--temperature", type=float, help="Sharpness of the draw; 0: the likeliest token.")
+@click.option("--top-p", type=float, help="Draw from the likeliest tokens with this mass.")
+@click.option("--top-k", type=int, help="Draw from this many likeliest tokens.")
+@click.option("--min-p", type=float, help="Draw from tokens this likely, relative to the first.")
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, help="End before this text; may be repeated.")
+@click.option("--n", type=int, help="Number of choices.")
+@click.option("--logprobs", type=int, help="Show log-probabilities, of this many tokens each.")
+@click.option("--echo", is_flag=True, default=None, help="Put the prompt before the completion.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@_model_options
+def complete(
+    words: tuple[str, ...],
+    as_json: bool,
+    device: str,
+    threads: int | None,
+    context: int | None,
+    **given: Any,
+) -> None:
+    """Complete PROMPT and show the text as it comes.
+
+    PROMPT is "-" to read it from standard input. MODEL is a name of the catalogue or a .gguf
+    file; without it the catalogue's default is taken.
+    """
+    from fullbeam.params import CompletionParams
+
+    if len(words) > 2:
+        raise click.UsageError("more than MODEL and PROMPT were given: put the prompt in quotes")
+    fields = {name: value for name, value in given.items() if value not in (None, ())}
+    params = CompletionParams(**fields)
+    name = words[0] if len(words) == 2 else None
+    prompt = sys.stdin.read() if words[-1] == "-" else words[-1]
+    with _loaded(name, device=device, threads=threads, context=context) as model:
+        if params.max_tokens is None:
+            room = model.context - len(model.tokenizer.encode(prompt))
+            params = dataclasses.replace(params, max_tokens=max(1, min(MAX_TOKENS, room)))
+        if as_json:
+            click.echo(_as_json(model.complete(prompt, params=params)))
+        elif params.n > 1 or params.logprobs is not None:
+            _show_choices(model.complete(prompt, params=params), params)
+        else:
+            _show_stream(model, prompt, params)
+
+
+@main.command(cls=Command)
+@click.argument("model", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--max-rows", type=int, help="Most choices decoded at once.")
+@click.option(
+    "--api-key",
+    multiple=True,
+    envvar="FULLBEAM_API_KEY",
+    show_envvar=True,
+    help="Key that clients must send; may be repeated.",
+)
+@_model_options
+def serve(
+    model: str | None,
+    host: str,
+    port: int,
+    max_rows: int | None,
+    api_key: tuple[str, ...],
+    device: str,
+    threads: int | None,
+    context: int | None,
+) -> None:
+    """Serve MODEL over HTTP: POST /v1/completions, GET /v1/models, /health, /docs."""
+    from fullbeam.models.catalog import model_name
+    from fullbeam.server import app
+
+    name = model_name(model)
+
+    def load() -> Model:
+        loaded = _load(model, device=device, threads=threads, context=context, max_rows=max_rows)
+        click.echo(f"fullbeam: {name} is ready", err=True)
+        return loaded
+
+    def on_listen(url: str) -> None:
+        click.echo(f"fullbeam: listening on {url}", err=True)
+
+    settings = app.Settings(name=name, api_keys=api_key)
+    app.serve(load, settings, host=host, port=port, on_listen=on_listen)
+
+
+@main.command(cls=Command)
+def models() -> None:
+    """List the catalogue."""
+    from rich.table import Table
+
+    from fullbeam.models.catalog import CATALOG, DEFAULT_MODEL
+
+    table = Table("name", "size", "infill", "here", "licence")
+    table.columns[0].no_wrap = True
+    for entry in CATALOG.values():
+        table.add_row(
+            entry.name + (" (default)" if entry.name == DEFAULT_MODEL else ""),
+            f"{entry.size_bytes / 1e6:,.0f} MB",
+            "yes" if entry.infill else "no",
+            "yes" if entry.is_local else "no",
+            entry.licence,
+        )
+    _console().print(table)
+
+
+@main.command(cls=Command)
+@click.argument("name")
+def pull(name: str) -> None:
+    """Fetch model NAME of the catalogue, or compare the checksum of the one that is here."""
+    from fullbeam.models import catalog
+
+    with _progress() as progress:
+        path = catalog.pull(name, progress=progress)
+    click.echo(path)
+
+
+@main.command(cls=Command)
+def info() -> None:
+    """Show what this installation is, and what it runs on."""
+    import platform
+    from importlib.metadata import version
+
+    from rich.table import Table
+
+    from fullbeam import __version__
+    from fullbeam.models.catalog import cache_folder
+
+    facts: dict[str, object] = {
+        "fullbeam": __version__,
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "numpy": version("numpy"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical cores",
+        "model folder": cache_folder(),
+    }
+    try:
+        from fullbeam import _core
+    except ImportError as error:
+        facts["native module"] = f"missing ({error}): install fullbeam again"
+    else:
+        facts["threads"] = f"{_core.num_physical_cores()} unless --threads is given"
+        facts["instruction set"] = _core.cpu_isa()
+        for name, value in _core.build_info().items():
+            is_list = isinstance(value, (list, tuple))
+            facts[name.replace("_", " ")] = ", ".join(map(str, value)) if is_list else value
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    _console().print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@contextmanager
+def _progress() -> Generator[Callable[[float, str], None] | None, None, None]:
+    """Show progress on standard error, where that is a terminal and once there is some."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=1.0)
+
+    def update(share: float, what: str) -> None:
+        bar.start()
+        bar.update(task, completed=share, description=what)
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def _load(model: str | None, **options: Any) -> Model:
+    import fullbeam
+
+    with _progress() as progress:
+        return fullbeam.load(model, progress=progress, **options)
+
+
+@contextmanager
+def _loaded(model: str | None, **options: Any) -> Generator[Model, None, None]:
+    loaded = _load(model, **options)
+    try:
+        yield loaded
+    finally:
+        loaded.close()
+
+
+def _show_stream(model: Model, prompt: str, params: CompletionParams) -> None:
+    last = ""
+    with model.stream(prompt, params=params) as pieces:
+        for piece in pieces:
+            click.echo(piece.text, nl=False)
+            last = piece.text or last
+    if not last.endswith("\n"):
+        click.echo()
+
+
+def _show_choices(result: Completion, params: CompletionParams) -> None:
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = _console()
+    for choice in result.choices:
+        if params.n > 1:
+            title = f"{choice.index}: {choice.finish_reason}"
+            console.print(Panel(Text(choice.text), title=title, title_align="left"))
+        else:
+            click.echo(choice.text)
+        if choice.logprobs is not None:
+            _show_logprobs(console, choice)
+
+
+def _show_logprobs(console: Console, choice: Choice) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    assert choice.logprobs is not None
+    table = Table("token", "logprob", "most likely")
+    rows = zip(
+        choice.logprobs.tokens,
+        choice.logprobs.token_logprobs,
+        choice.logprobs.top_logprobs,
+        strict=True,
+    )
+    for token, value, top in rows:
+        best = ", ".join(f"{name!r} {other:.3f}" for name, other in (top or {}).items())
+        shown = "" if value is None else f"{value:.3f}"
+        table.add_row(Text(repr(token)), shown, Text(best))
+    console.print(table)
+
+
+def _as_json(result: Completion) -> str:
+    """Return the result object as JSON; -inf is written as -9999.0, as over HTTP."""
+    import json
+    import math
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return -9999.0 if isinstance(value, float) and not math.isfinite(value) else value
+
+    body = plain(dataclasses.asdict(result))
+    body["usage"]["total_tokens"] = result.usage.total_tokens
+    return json.dumps(body, ensure_ascii=False, indent=2)

