@@ -15,6 +15,7 @@ void attention_decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pa
   check.require(p.num_tokens == p.num_seqs, "q",
                 "one row per sequence, num_seqs=" + std::to_string(p.num_seqs),
                 std::to_string(p.num_tokens));
+  if (q.device == Device::cpu && Program::recording() == nullptr) check_attention_data(check, p);
   FULLBEAM_DISPATCH_CPU(attention_decode, q.device, p);
 }
 

@@ -8,7 +8,7 @@ float32, contiguous in their last dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,11 @@ def _new(like: Array, shape: tuple[int, ...], dtype: str = "float32") -> Array:
     return np.empty(shape, dtype)
 
 
-def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWeight:
+def pack_weight(
+    parts: Sequence[tuple[Array, str, tuple[int, int]]],
+    *,
+    on_stretch: Callable[[int, int], None] | None = None,
+) -> PackedWeight:
     """Lay a weight matrix out for `linear` and `embedding`.
 
     Parameters
@@ -53,6 +57,8 @@ def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWe
         uint8 bytes of a GGUF tensor, row-major, and its type: F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0
         Q5_1 Q4_K Q5_K Q6_K. Parts are stacked by rows and keep their types: one product serves
         query, key and value, or gate and up.
+    on_stretch : called after every few megabytes with the index of the part and the bytes packed
+        Lets the caller show progress, and drop pages of a mapped file that have been read.
 
     Returns
     -------
@@ -65,7 +71,7 @@ def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWe
         Unknown type, columns that are no multiple of its block, or a number of bytes that
         doesn't fit the shape.
     """
-    return _core.pack_weight(list(parts))
+    return _core.pack_weight(list(parts), on_stretch)
 
 
 def embedding(
@@ -183,7 +189,12 @@ def kv_write(k: Array, v: Array, k_pages: Array, v_pages: Array, slots: Array) -
     k_pages, v_pages : float32, float16 or bfloat16 [num_pages, num_kv_heads, page_size, head_dim]
         float16 saturates at its largest finite value.
     slots : int64 [num_tokens]
-        ``page * page_size + offset``; a slot outside the cache (-1) is skipped.
+        ``page * page_size + offset``; a negative slot is skipped.
+
+    Raises
+    ------
+    ValueError
+        A slot beyond the cache.
     """
     _core.kv_write(k, v, k_pages, v_pages, slots)
 
@@ -291,6 +302,7 @@ def logprobs(
     ----------
     logits : float32 [num_rows, vocab_size]
     token_ids : int32 [num_rows]
+        -1 gives NaN and rank 0, as does a row without a distribution (NaN, or all -inf).
     num_top : 0..vocab_size
 
     Returns
@@ -340,7 +352,7 @@ def sample(
     Returns
     -------
     int32 [num_rows]
-        -1 where a row has no finite logit or holds NaN.
+        -1 where a row is all -inf or holds NaN; logits of +inf share the mass equally.
     """
     if out is None:
         out = _new(logits, (logits.shape[0],), "int32")
