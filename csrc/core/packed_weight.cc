@@ -5,6 +5,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -45,6 +46,8 @@ constexpr Block block_of(WeightType type) {
   }
   return {1, 1};
 }
+
+constexpr std::int64_t kStretchBytes = 8 << 20;
 
 constexpr WeightType kTypes[] = {WeightType::f32,  WeightType::f16,  WeightType::bf16,
                                  WeightType::q8_0, WeightType::q4_0, WeightType::q4_1,
@@ -154,23 +157,30 @@ TileRow read_tile(WeightType type, const std::uint8_t* row, std::int64_t tile) {
 
 void put_u16(std::uint8_t* p, int idx, std::uint16_t value) { std::memcpy(p + 2 * idx, &value, 2); }
 
+// Four values of a step are one 32-bit word, in memory and here.
 void write_values(const QuantLayout& layout, int lane, const std::uint8_t* values,
                   std::uint8_t* tile) {
-  for (int step = 0; step < 8; ++step) {
-    for (int i = 0; i < 4; ++i) {
-      const int value = values[step * 4 + i], at = lane * 4 + i;
-      if (layout.bits == 8) {
-        tile[step * 64 + at] = static_cast<std::uint8_t>(value);
-        continue;
-      }
-      tile[step % 4 * 64 + at] =
-          static_cast<std::uint8_t>(tile[step % 4 * 64 + at] | (value & 15) << (step / 4 * 4));
-      if (layout.bits == 5)
-        tile[256 + at] = static_cast<std::uint8_t>(tile[256 + at] | (value >> 4) << step);
-      if (layout.bits == 6) {
-        std::uint8_t& high = tile[256 + step / 4 * 64 + at];
-        high = static_cast<std::uint8_t>(high | (value >> 4) << (step % 4 * 2));
-      }
+  std::uint32_t steps[8];
+  std::memcpy(steps, values, sizeof steps);
+  const auto put = [&](int offset, std::uint32_t word) {
+    std::memcpy(tile + offset + 4 * lane, &word, 4);
+  };
+  if (layout.bits == 8) {
+    for (int s = 0; s < 8; ++s) put(64 * s, steps[s]);
+    return;
+  }
+  constexpr std::uint32_t kLow = 0x0f0f0f0fu;
+  for (int s = 0; s < 4; ++s) put(64 * s, (steps[s] & kLow) | (steps[s + 4] & kLow) << 4);
+  if (layout.bits == 5) {
+    std::uint32_t high = 0;
+    for (int s = 0; s < 8; ++s) high |= (steps[s] >> 4 & 0x01010101u) << s;
+    put(256, high);
+  }
+  if (layout.bits == 6) {
+    for (int h = 0; h < 2; ++h) {
+      std::uint32_t high = 0;
+      for (int j = 0; j < 4; ++j) high |= (steps[4 * h + j] >> 4 & 0x03030303u) << (2 * j);
+      put(256 + 64 * h, high);
     }
   }
 }
@@ -255,7 +265,7 @@ std::int64_t row_bytes(WeightType type, std::int64_t cols) {
 
 void PackedWeight::Unmap::operator()(std::uint8_t* data) const { munmap(data, bytes); }
 
-PackedWeight::PackedWeight(const std::vector<WeightPart>& parts) {
+PackedWeight::PackedWeight(const std::vector<WeightPart>& parts, const OnStretch& on_stretch) {
   if (parts.empty())
     throw std::invalid_argument("pack_weight: parts must be at least one, got none");
   cols_ = parts.front().cols;
@@ -303,15 +313,21 @@ PackedWeight::PackedWeight(const std::vector<WeightPart>& parts) {
     std::uint8_t* data = storage_.get() + offsets[i];
     const WeightSegment& segment = segments_[i];
     segments_[i].data = data;
-    parallel_chunks(segment.num_panels, 8, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t panel = begin; panel < end; ++panel) {
-        if (is_quantised(segment.type)) {
-          pack_quantised_panel(parts[i], segment.type, panel, data + panel * segment.panel_bytes);
-        } else {
-          pack_float_panel(parts[i], segment.type, panel, data + panel * segment.panel_bytes);
+    // Some megabytes at a time, so that the caller can let go of what has been read.
+    const std::int64_t stretch = std::max<std::int64_t>(8, kStretchBytes / segment.panel_bytes);
+    for (std::int64_t first = 0; first < segment.num_panels; first += stretch) {
+      const std::int64_t count = std::min(stretch, segment.num_panels - first);
+      parallel_chunks(count, 8, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t panel = first + begin; panel < first + end; ++panel) {
+          if (is_quantised(segment.type)) {
+            pack_quantised_panel(parts[i], segment.type, panel, data + panel * segment.panel_bytes);
+          } else {
+            pack_float_panel(parts[i], segment.type, panel, data + panel * segment.panel_bytes);
+          }
         }
-      }
-    });
+      });
+      if (on_stretch) on_stretch(i, count * segment.panel_bytes);
+    }
   }
 }
 

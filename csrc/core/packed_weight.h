@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -21,7 +22,9 @@ struct WeightPart {
 // their own types, so that query, key and value projections, or gate and up, are one product.
 class PackedWeight {
  public:
-  explicit PackedWeight(const std::vector<WeightPart>& parts);
+  // Called after every few megabytes with the part's index and the packed bytes of the stretch.
+  using OnStretch = std::function<void(std::size_t part, std::int64_t num_bytes)>;
+  explicit PackedWeight(const std::vector<WeightPart>& parts, const OnStretch& on_stretch = {});
 
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }

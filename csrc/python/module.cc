@@ -18,9 +18,10 @@ using namespace fullbeam;
 
 namespace {
 
-PackedWeight pack_weight(
-    const std::vector<std::tuple<py::object, std::string, std::pair<std::int64_t, std::int64_t>>>&
-        parts) {
+using PartTuple = std::tuple<py::object, std::string, std::pair<std::int64_t, std::int64_t>>;
+
+PackedWeight pack_weight(const std::vector<PartTuple>& parts,
+                         const std::optional<py::typing::Callable<void(int, int)>>& on_stretch) {
   std::vector<WeightPart> views;
   std::vector<py::object> owners(parts.size());
   for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -32,8 +33,15 @@ PackedWeight pack_weight(
     views.push_back({static_cast<const std::uint8_t*>(view.data), check.size("num_bytes"), type,
                      shape.first, shape.second});
   }
+  PackedWeight::OnStretch report;
+  if (on_stretch) {
+    report = [&](std::size_t part, std::int64_t num_bytes) {
+      py::gil_scoped_acquire acquire;
+      (*on_stretch)(part, num_bytes);
+    };
+  }
   py::gil_scoped_release release;
-  return PackedWeight(views);
+  return PackedWeight(views, report);
 }
 
 py::typing::Dict<py::str, py::object> build_info() {
@@ -75,7 +83,7 @@ PYBIND11_MODULE(_core, m) {
         for (const WeightSegment& segment : w.segments()) types.emplace_back(name_of(segment.type));
         return types;
       });
-  m.def("pack_weight", &pack_weight, py::arg("parts"));
+  m.def("pack_weight", &pack_weight, py::arg("parts"), py::arg("on_stretch").none(true));
 
   m.def("embedding", &ops::embedding, Release(), py::arg("token_ids"), py::arg("table"),
         py::arg("out"), py::arg("scale"));

@@ -105,6 +105,7 @@ def pack_weight(
             ],
         ]
     ],
+    on_stretch: collections.abc.Callable[[int, int], None] | None,
 ) -> PackedWeight: ...
 def rms_norm(
     x: typing.Any,

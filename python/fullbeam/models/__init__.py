@@ -64,7 +64,7 @@ def open_model(
         def packed(num_bytes: int) -> None:
             nonlocal done
             done += num_bytes
-            report(done / total, "weights")
+            report(min(1.0, done / total), "weights")
 
         decoder = Decoder(config, read_weights(file, config, packed), threads=threads)
     if tokenizer.vocab_size > config.vocab_size:

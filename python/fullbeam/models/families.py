@@ -54,10 +54,14 @@ class WeightReader:
     def matrix(self, *parts: tuple[str, int, int]) -> ops.PackedWeight:
         """Stack tensors (name, rows, cols) by rows."""
         tensors = [self._find(name, (rows, cols)) for name, rows, cols in parts]
-        packed = ops.pack_weight([(t.data, t.type, (t.shape[0], t.shape[1])) for t in tensors])
-        for tensor in tensors:
-            self._done(tensor)
-        return packed
+
+        def done(part: int, num_bytes: int) -> None:
+            self._file.release(tensors[part])
+            self._progress(num_bytes)
+
+        return ops.pack_weight(
+            [(t.data, t.type, (t.shape[0], t.shape[1])) for t in tensors], on_stretch=done
+        )
 
     def vector(self, name: str, size: int) -> FloatArray:
         tensor = self._find(name, (size,))
@@ -71,7 +75,8 @@ class WeightReader:
             raise ValueError(
                 f"{self._file.path}: tensor {name} must be F32, F16 or BF16, got {tensor.type}"
             )
-        self._done(tensor)
+        self._file.release(tensor)
+        self._progress(len(tensor.data))
         return values
 
     def optional_vector(self, name: str, size: int) -> FloatArray | None:
@@ -86,10 +91,6 @@ class WeightReader:
                 f"{self._file.path}: tensor {name} must be {list(shape)}, got {list(tensor.shape)}"
             )
         return tensor
-
-    def _done(self, tensor: GgufTensor) -> None:
-        self._file.release(tensor)
-        self._progress(len(tensor.data))
 
 
 def read_config(file: GgufFile) -> DecoderConfig:
@@ -197,7 +198,7 @@ def _inv_freq(file: GgufFile, base: float, num_rotated: int) -> FloatArray:
 
 
 def read_weights(file: GgufFile, config: DecoderConfig, progress: Callable[[int], None]) -> Weights:
-    """Pack a model's weights; ``progress`` is told the bytes of each tensor as it is done."""
+    """Pack a model's weights; ``progress`` is told bytes as they are done."""
     reader = WeightReader(file, progress)
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = reader.matrix(("token_embd.weight", vocab, hidden))
