@@ -21,7 +21,9 @@ def generate() -> str:
         stub = Path(folder) / "_core.pyi"
         stub.write_text(HEADER + body)
         for step in (["check", "--fix", "--exit-zero", "--select", "I,F401"], ["format"]):
-            subprocess.run(["ruff", *step, "--quiet", "--line-length", "100", str(stub)], check=True)
+            subprocess.run(
+                ["ruff", *step, "--quiet", "--line-length", "100", str(stub)], check=True
+            )
         return stub.read_text()
 
 

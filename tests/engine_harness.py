@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import fake_model
-
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.sequence import Event, Request
 from fullbeam.engine.text import Logprobs, Piece
@@ -91,9 +90,9 @@ class Harness:
 
 
 def join(pieces: list[Piece]) -> Piece:
-    assert [piece.finish_reason is not None for piece in pieces] == [False] * (
-        len(pieces) - 1
-    ) + [True]
+    assert [piece.finish_reason is not None for piece in pieces] == [False] * (len(pieces) - 1) + [
+        True
+    ]
     last = pieces[-1]
     logprobs = None
     if last.logprobs is not None:

@@ -30,14 +30,15 @@ def _f16(blocks: Array, begin: int) -> Array:
 def _nibbles(q: Array, run: int) -> Array:
     """Each `run` bytes are 2 * run values: their low halves, then their high ones."""
     runs = q.reshape(len(q), -1, 1, run)
-    return np.concatenate([runs & 15, runs >> 4], axis=2).reshape(len(q), -1)
+    values: Array = np.concatenate([runs & 15, runs >> 4], axis=2)
+    return values.reshape(len(q), -1)
 
 
 def _bits(q: Array, width: int, run: int) -> Array:
     """Each `run` bytes are 8 / width runs of values, lowest bits first."""
     shifts = np.arange(0, 8, width, dtype=np.uint8).reshape(1, 1, -1, 1)
     parts = q.reshape(len(q), -1, 1, run) >> shifts & (2**width - 1)
-    return parts.reshape(len(q), -1)
+    return np.asarray(parts.reshape(len(q), -1))
 
 
 def _k_scales(packed: Array) -> tuple[Array, Array]:
@@ -59,7 +60,7 @@ def _block_values(b: Array, kind: str) -> Array:
         at = 2 if kind == "Q5_0" else 4
         fifth = np.unpackbits(b[:, at : at + 4], axis=1, bitorder="little") << 4
         q = (_nibbles(b[:, at + 4 :], 16) | fifth).astype(np.float32)
-        return d * (q - 16) if kind == "Q5_0" else d * q + _f16(b, 2)
+        return np.asarray(d * (q - 16) if kind == "Q5_0" else d * q + _f16(b, 2))
     if kind in ("Q4_K", "Q5_K"):
         scales, minima = _k_scales(b[:, 4:16])
         q = _nibbles(b[:, 16:] if kind == "Q4_K" else b[:, 48:], 32)
@@ -123,7 +124,7 @@ def _pack_nibbles(q: Array, run: int) -> Array:
 def _pack_bits(q: Array, width: int, run: int) -> Array:
     shifts = np.arange(0, 8, width, dtype=np.uint8).reshape(1, 1, -1, 1)
     parts = q.reshape(len(q), -1, 8 // width, run) << shifts
-    return np.bitwise_or.reduce(parts, axis=2).reshape(len(q), -1)
+    return np.asarray(np.bitwise_or.reduce(parts, axis=2).reshape(len(q), -1))
 
 
 def _quantize_blocks(x: Array, kind: str) -> list[Array]:
