@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks ops [--op NAME] [--threads N] [--out FILE]`: one table, and JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks import harness
+
+from fullbeam import _core
+
+
+def ops_rows(pytest_json: dict[str, Any], peak: float) -> list[dict[str, Any]]:
+    rows = []
+    for bench in pytest_json["benchmarks"]:
+        info, times = bench["extra_info"], np.array(bench["stats"]["data"]) * 1e6
+        median = float(np.median(times))
+        rate = info["num_bytes"] / median * 1e6
+        rows.append(
+            {
+                "op": info["op"],
+                "shape": info["shape"],
+                "dtype": info["dtype"],
+                "device": info["device"],
+                "median_us": median,
+                "p10": float(np.percentile(times, 10)),
+                "p90": float(np.percentile(times, 90)),
+                "GB/s": rate / 1e9,
+                "%peak": 100 * rate / peak,
+                "baseline": f"{info['baseline']} {info['baseline_us']:.4g}",
+                "ratio": info["baseline_us"] / median,
+                "GFLOP/s": info["num_flops"] / median / 1e3,
+            }
+        )
+    return rows
+
+
+def run_ops(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        options = ["--benchmark-only", f"--benchmark-json={report}", "-q", "-o", "filterwarnings="]
+        options += [f"--threads={args.threads}", *([f"--op={args.op}"] if args.op else [])]
+        with contextlib.redirect_stdout(sys.stderr):  # progress; the table alone goes to stdout
+            status = pytest.main([str(Path(__file__).parent / "ops.py"), *options])
+        if status != 0:
+            sys.stderr.write(f"benchmarks: pytest ended with status {status}\n")
+            return int(status)
+        data = json.loads(report.read_text())
+    peak = harness.copy_bytes_per_second(args.threads)
+    head = harness.environment(args.threads) | {"copy_GB/s": peak / 1e9}
+    rows = ops_rows(data, peak)
+    sys.stdout.write(json.dumps(head) + "\n" + harness.table(rows) + "\n")
+    if args.out:
+        harness.write(args.out, head, rows)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    suites = parser.add_subparsers(dest="suite", required=True)
+    suite = suites.add_parser("ops", help="every op against NumPy or torch")
+    suite.add_argument("--op", help="only this op")
+    suite.add_argument("--device", choices=["cpu"], default="cpu")
+    suite.add_argument("--threads", type=int, default=_core.num_physical_cores())
+    suite.add_argument("--out", type=Path, help="write the rows as JSON lines")
+    suite.set_defaults(run=run_ops)
+    args = parser.parse_args()
+    return int(args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

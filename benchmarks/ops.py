@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One case per op and shape: what runs, what it is compared with, and the bytes that it must move.
+
+The shapes are those of Gemma 3 270M: decode of 1 and of 8 sequences, a 512-token prompt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.harness import Cache, median_us
+
+from fullbeam import ops, reference
+
+torch: Any = __import__("torch") if importlib.util.find_spec("torch") else None
+HIDDEN, FEED_FORWARD, HEAD_DIM, NUM_HEADS, VOCAB = 640, 2048, 256, 4, 262144
+rng = np.random.default_rng(0)
+
+
+@dataclass(frozen=True)
+class Case:
+    run: Callable[[], Any]
+    baseline: Callable[[], Any]
+    num_bytes: int  # that must be read and written once
+    num_flops: int = 0
+    dtype: str = "float32"
+    check: bool = True  # the two agree to a few per cent (a quantised weight's error)
+
+
+def normal(*shape: int) -> Any:
+    return rng.standard_normal(shape, np.float32)
+
+
+def tensor(array: Any) -> Any:
+    return torch.from_numpy(array) if torch else array
+
+
+def embedding(num_tokens: int) -> Case:
+    data = reference.quantize(normal(4096, HIDDEN), "Q8_0")
+    table = ops.pack_weight([(data, "Q8_0", (4096, HIDDEN))])
+    dense = reference.dequantize(data, "Q8_0", (4096, HIDDEN))
+    ids = rng.integers(0, 4096, num_tokens).astype(np.int32)
+    num_bytes = int(num_tokens * HIDDEN * (34 / 32 + 4))
+    return Case(lambda: ops.embedding(ids, table), lambda: dense[ids], num_bytes, dtype="Q8_0")
+
+
+def rms_norm(num_tokens: int) -> Case:
+    x, weight = normal(num_tokens, HIDDEN), normal(HIDDEN)
+    tx, tw = tensor(x), tensor(weight)
+
+    def baseline() -> Any:
+        if torch:
+            return torch.nn.functional.rms_norm(tx, (HIDDEN,), tw, 1e-6)
+        return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + np.float32(1e-6)) * weight
+
+    return Case(lambda: ops.rms_norm(x, weight), baseline, 2 * x.nbytes, 4 * x.size)
+
+
+def linear(num_tokens: int, kind: str) -> Case:
+    shape = (FEED_FORWARD, 1024)
+    data = reference.quantize(normal(*shape), kind)
+    weight, x = ops.pack_weight([(data, kind, shape)]), normal(num_tokens, 1024)
+    dense, tx = tensor(reference.dequantize(data, kind, shape).T.copy()), tensor(x)
+    num_bytes = data.nbytes + x.nbytes + num_tokens * shape[0] * 4
+    flops = 2 * num_tokens * shape[0] * shape[1]
+    return Case(lambda: ops.linear(x, weight), lambda: tx @ dense, num_bytes, flops, kind)
+
+
+def rope(num_tokens: int) -> Case:
+    x = normal(num_tokens, NUM_HEADS, HEAD_DIM)
+    positions = np.arange(num_tokens, dtype=np.int32)
+    inv_freq = (10000.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))).astype(np.float32)
+    ours, theirs = x.copy(), x.copy()
+
+    def baseline() -> Any:
+        angles = (positions[:, None] * inv_freq)[:, None]
+        cos, sin = np.cos(angles), np.sin(angles)
+        a, b = np.split(theirs, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+    return Case(
+        lambda: ops.rope(ours, positions, inv_freq), baseline, 2 * x.nbytes, 6 * x.size, check=False
+    )
+
+
+def kv_write(num_tokens: int) -> Case:
+    k, v = normal(2, num_tokens, 1, HEAD_DIM)
+    pages, slots = np.zeros((2, 64, 1, 16, HEAD_DIM), np.float16), np.arange(num_tokens)
+    theirs = pages.copy()
+
+    def baseline() -> None:
+        for idx, values in enumerate((k, v)):
+            theirs[idx][slots // 16, :, slots % 16] = values
+
+    return Case(
+        lambda: ops.kv_write(k, v, pages[0], pages[1], slots),
+        baseline,
+        3 * k.nbytes,
+        dtype="float16",
+    )
+
+
+def attention(num_seqs: int, seq_len: int, num_queries: int) -> Case:
+    page_size, num_pages = 16, seq_len // 16
+    shape = (num_seqs * num_pages, 1, page_size, HEAD_DIM)
+    pages = rng.standard_normal((2, *shape), np.float32).astype(np.float16)
+    table = np.arange(num_seqs * num_pages, dtype=np.int32).reshape(num_seqs, num_pages)
+    lens = np.full(num_seqs, seq_len, np.int32)
+    q = normal(num_seqs * num_queries, NUM_HEADS, HEAD_DIM)
+    k, v = (tensor(p.reshape(num_seqs, 1, seq_len, HEAD_DIM).astype(np.float32)) for p in pages)
+    tq = tensor(q.reshape(num_seqs, num_queries, NUM_HEADS, HEAD_DIM).swapaxes(1, 2).copy())
+    num_bytes = pages.nbytes + 2 * q.nbytes
+    flops = 4 * q.size * (seq_len if num_queries == 1 else seq_len // 2)
+    starts = np.arange(num_seqs + 1, dtype=np.int32) * num_queries
+
+    def run() -> Any:
+        if num_queries == 1:
+            return ops.attention_decode(q, pages[0], pages[1], table, lens, scale=1 / 16)
+        return ops.attention_prefill(q, pages[0], pages[1], table, lens, starts, scale=1 / 16)
+
+    def baseline() -> Any:
+        if torch is None:
+            scores = tq @ k.swapaxes(2, 3) / 16
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            return (weights / weights.sum(axis=-1, keepdims=True) @ v).swapaxes(1, 2)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        keys, values = (p.expand(-1, NUM_HEADS, -1, -1) for p in (k, v))
+        return attend(tq, keys, values, is_causal=num_queries > 1, scale=1 / 16).transpose(1, 2)
+
+    return Case(run, baseline, num_bytes, flops, "float16", check=torch is not None)
+
+
+def attention_prefill(num_seqs: int, seq_len: int) -> Case:
+    return attention(num_seqs, seq_len, seq_len)
+
+
+def attention_decode(num_seqs: int, seq_len: int) -> Case:
+    return attention(num_seqs, seq_len, 1)
+
+
+def gated_activation(num_tokens: int) -> Case:
+    x = normal(num_tokens, 2 * FEED_FORWARD)
+    tx = tensor(x)
+
+    def baseline() -> Any:
+        if torch:
+            gate, up = tx.chunk(2, dim=1)
+            return torch.nn.functional.gelu(gate, approximate="tanh") * up
+        gate, up = np.split(x, 2, axis=1)
+        return 0.5 * gate * (1 + np.tanh(0.7978846 * (gate + 0.044715 * gate**3))) * up
+
+    run = lambda: ops.gated_activation(x, activation="gelu_tanh")  # noqa: E731
+    return Case(run, baseline, x.nbytes * 3 // 2, 10 * x.size)
+
+
+def logprobs(num_rows: int, num_top: int) -> Case:
+    logits, ids = 3 * normal(num_rows, VOCAB), np.zeros(num_rows, np.int32)
+    wide = tensor(logits)
+
+    def baseline() -> Any:
+        if torch:
+            values = wide.log_softmax(dim=1)
+            return values[:, 0], values.topk(num_top, dim=1) if num_top else None
+        top = logits.max(axis=1, keepdims=True)
+        return logits[:, 0] - top[:, 0] - np.log(np.exp(logits - top).sum(axis=1)), None
+
+    run = lambda: ops.logprobs(logits, ids, num_top=num_top)  # noqa: E731
+    return Case(run, baseline, logits.nbytes)
+
+
+def sample(num_rows: int, temperature: float, top_k: int, top_p: float) -> Case:
+    logits = 3 * normal(num_rows, VOCAB)
+    logits[:, :20] += 15  # most of the mass on some tokens, as a model's is
+    wide = tensor(logits)
+    options = {
+        "temperature": np.full(num_rows, temperature, np.float32),
+        "top_k": np.full(num_rows, top_k, np.int32),
+        "top_p": np.full(num_rows, top_p, np.float32),
+        "min_p": np.zeros(num_rows, np.float32),
+        "seeds": np.arange(num_rows, dtype=np.uint64),
+        "counters": np.zeros((num_rows, 3), np.uint32),
+    }
+
+    def baseline() -> Any:
+        if temperature == 0:
+            return wide.argmax(1)
+        if torch is None:
+            return (logits / temperature + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        values, ids = wide, None
+        if top_k or top_p < 1:
+            values, ids = wide.topk(top_k, dim=1) if top_k else wide.sort(dim=1, descending=True)
+        probs = (values / temperature).softmax(dim=1)
+        if top_p < 1:
+            probs = probs * (probs.cumsum(dim=1) - probs < top_p)
+        drawn = probs.multinomial(1)
+        return drawn if ids is None else ids.gather(1, drawn)
+
+    check = temperature == 0
+    return Case(lambda: ops.sample(logits, **options), baseline, logits.nbytes, check=check)
+
+
+CASES: dict[Callable[..., Case], list[dict[str, Any]]] = {
+    embedding: [{"num_tokens": 1}, {"num_tokens": 512}],
+    rms_norm: [{"num_tokens": 1}, {"num_tokens": 512}],
+    linear: [
+        *(
+            {"num_tokens": n, "kind": kind}
+            for kind in ("Q4_K", "Q6_K", "Q8_0")
+            for n in (1, 8, 512)
+        ),
+        *({"num_tokens": 1, "kind": kind} for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q5_K")),
+        *({"num_tokens": 1, "kind": kind} for kind in ("F32", "F16", "BF16")),
+    ],
+    rope: [{"num_tokens": 1}, {"num_tokens": 512}],
+    kv_write: [{"num_tokens": 1}, {"num_tokens": 512}],
+    attention_prefill: [{"num_seqs": 1, "seq_len": 512}],
+    attention_decode: [{"num_seqs": n, "seq_len": s} for n, s in ((1, 512), (8, 512), (1, 4096))],
+    gated_activation: [{"num_tokens": 1}, {"num_tokens": 512}],
+    logprobs: [{"num_rows": 1, "num_top": 0}, {"num_rows": 8, "num_top": 5}],
+    sample: [
+        {"num_rows": rows, "temperature": t, "top_k": k, "top_p": p}
+        for rows in (1, 8)
+        for t, k, p in (
+            (0.0, 0, 1.0),
+            (0.8, 0, 1.0),
+            (0.8, 50, 1.0),
+            (0.8, 0, 0.95),
+            (0.8, 40, 0.95),
+        )
+    ],
+}
+IDS = [(build, axes) for build, several in CASES.items() for axes in several]
+
+
+def shape_text(axes: dict[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in axes.items())
+
+
+@pytest.fixture(scope="module")
+def cache() -> Cache:
+    return Cache()
+
+
+@pytest.mark.parametrize(
+    ("build", "axes"), IDS, ids=[f"{build.__name__}-{shape_text(axes)}" for build, axes in IDS]
+)
+def test_op(
+    benchmark: Any, request: Any, cache: Cache, threads: int, build: Any, axes: dict[str, Any]
+) -> None:
+    if request.config.getoption("--op") not in (None, build.__name__):
+        pytest.skip("another op")
+    if torch:
+        torch.set_num_threads(threads)
+    case = build(**axes)
+    if case.check:
+        ours, theirs = case.run(), case.baseline()
+        pairs = zip(ours, theirs, strict=False) if isinstance(ours, tuple) else [(ours, theirs)]
+        for actual, expected in list(pairs)[:1] if theirs is not None else ():
+            expected = np.asarray(expected).reshape(actual.shape)
+            assert np.abs(actual - expected).max() <= 0.05 * np.abs(expected).max() + 1e-6
+    baseline_us = median_us(case.baseline, cache.flush, limit_s=0.3)
+    benchmark.pedantic(case.run, setup=cache.flush, rounds=20, warmup_rounds=2)
+    benchmark.extra_info.update(
+        op=build.__name__, shape=shape_text(axes), dtype=case.dtype, device="cpu",
+        num_bytes=case.num_bytes, num_flops=case.num_flops, baseline_us=baseline_us,
+        baseline="torch" if torch and build not in (embedding, rope, kv_write) else "numpy",
+    )  # fmt: skip
