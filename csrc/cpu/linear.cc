@@ -74,7 +74,7 @@ struct TileScales {
   F32 d[kScales == ScaleKind::k16 ? 2 : 1][kParts];
   F32 m[kParts];
 
-  TileScales(const std::uint8_t* scales, const std::uint8_t* super) {
+  FULLBEAM_INLINE TileScales(const std::uint8_t* scales, const std::uint8_t* super) {
     for (int i = 0; i < kParts; ++i) {
       const auto* halves = reinterpret_cast<const Half*>(
           kScales == ScaleKind::k || kScales == ScaleKind::k16 ? super : scales);
@@ -97,8 +97,9 @@ struct TileScales {
 };
 
 template <int kBits, ScaleKind kScales, int kTokens>
-inline void add_tile(const Tile<kBits>& tile, const TileScales<kScales>& scales, int zero_point,
-                     const Activations& a, std::int64_t at, F32 (*acc)[kParts]) {
+FULLBEAM_INLINE void add_tile(const Tile<kBits>& tile, const TileScales<kScales>& scales,
+                              int zero_point, const Activations& a, std::int64_t at,
+                              F32 (*acc)[kParts]) {
   constexpr bool kHalves = kScales == ScaleKind::k16;
   I32 sums[kHalves ? 2 : 1][kTokens][kParts];
   dot_tile<kBits, kHalves, kTokens>(tile, zero_point, a.values + at * kTileCols, a.sums + 2 * at,

@@ -12,6 +12,9 @@
 #include <immintrin.h>
 #endif
 
+// For the innermost pieces of a kernel, whose registers must not go through memory.
+#define FULLBEAM_INLINE inline __attribute__((always_inline))
+
 namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
