@@ -51,3 +51,16 @@ def test_attention_refuses_query_starts_out_of_order(starts: list[int]) -> None:
 def test_attention_refuses_more_queries_than_keys() -> None:
     with pytest.raises(ValueError, match="seq_lens must be"):
         prefill(4, [3], [0, 4])
+
+
+def test_attention_takes_pages_at_any_distance() -> None:
+    rng = np.random.default_rng(5)
+    memory = rng.standard_normal((5, 3, 2, 4, 16), dtype=np.float32)
+    memory[:, 0] = np.nan
+    q = rng.standard_normal((1, 4, 16), dtype=np.float32)
+    table, lens = np.array([[3, 1]], np.int32), np.array([7], np.int32)
+    apart = ops.attention_decode(q, memory[:, 1], memory[:, 2], table, lens, scale=0.25)
+    dense = [np.ascontiguousarray(memory[:, layer]) for layer in (1, 2)]
+    together = ops.attention_decode(q, *dense, table, lens, scale=0.25)
+    np.testing.assert_array_equal(apart, together)
+    assert np.isfinite(apart).all()

@@ -74,6 +74,16 @@ class Check {
            "strides that are not");
     }
   }
+  // The pages of a KV cache [num_pages, num_kv_heads, page_size, head_dim]: each page dense, any
+  // distance between them.
+  void pages(const char* argument, const TensorView& view, std::initializer_list<DType> dtypes) {
+    tensor(argument, view, {"num_pages", "num_kv_heads", "page_size", "head_dim"}, dtypes, false);
+    const std::int64_t size = view.shape[2] * view.shape[3];
+    const bool is_dense =
+        view.shape[0] == 0 || ((view.shape[2] < 2 || view.strides[2] == view.shape[3]) &&
+                               (view.shape[1] < 2 || view.strides[1] == size));
+    if (!is_dense) fail(argument, "contiguous within a page", "strides that are not");
+  }
   void writable(const char* argument, const TensorView& view) const {
     if (!view.is_writable) fail(argument, "writable", "a read-only array");
   }

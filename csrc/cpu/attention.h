@@ -93,10 +93,12 @@ inline void multiply(std::int64_t num_rows, const float* a, std::int64_t a_strid
   }
 }
 
+// Where a key of this position lies: element offset from the start of its pages.
 inline std::int64_t page_offset(const AttentionPrefillParams& p, const std::int32_t* page_table,
-                                std::int64_t kv_head, std::int64_t position) {
+                                std::int64_t page_stride, std::int64_t kv_head,
+                                std::int64_t position) {
   const std::int64_t page = page_table[position / p.page_size];
-  return ((page * p.num_kv_heads + kv_head) * p.page_size + position % p.page_size) * p.head_dim;
+  return page * page_stride + (kv_head * p.page_size + position % p.page_size) * p.head_dim;
 }
 
 // out[j * kTileKeys + r] = rows[r][begin + j], eight by eight.
@@ -134,7 +136,7 @@ void load_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
                const AttentionBlock& b) {
   const std::int64_t dim = p.head_dim;
   for (std::int64_t key = 0; key < count; ++key) {
-    const std::int64_t at = page_offset(p, page_table, kv_head, first + key);
+    const std::int64_t at = page_offset(p, page_table, p.v_page_stride, kv_head, first + key);
     const T* v = static_cast<const T*>(p.v_pages) + at;
     for (std::int64_t i = 0; i < dim; i += kLanes) store(b.v_tile + key * dim + i, load(v + i));
   }
@@ -144,7 +146,8 @@ void load_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
       // A key beyond the last is read as the last and never counts: its score is masked, whatever
       // it is.
       const std::int64_t wanted = key + j < count ? key + j : count - 1;
-      k[j] = static_cast<const T*>(p.k_pages) + page_offset(p, page_table, kv_head, first + wanted);
+      k[j] = static_cast<const T*>(p.k_pages) +
+             page_offset(p, page_table, p.k_page_stride, kv_head, first + wanted);
     }
     for (std::int64_t i = 0; i < dim; i += 8) transpose_8x8(k, i, b.k_tile + i * kTileKeys + key);
   }

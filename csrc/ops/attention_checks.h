@@ -14,10 +14,8 @@ inline void check_attention(Check& check, const Tensor& q, const Tensor& k_pages
                             const Tensor& out, float scale, std::int64_t window, float softcap,
                             AttentionPrefillParams& p) {
   check.tensor("q", q, {"num_tokens", "num_q_heads", "head_dim"}, {DType::f32}, false);
-  check.tensor("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"},
-               {DType::f32, DType::f16, DType::bf16});
-  check.tensor("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"},
-               {k_pages.dtype});
+  check.pages("k_pages", k_pages, {DType::f32, DType::f16, DType::bf16});
+  check.pages("v_pages", v_pages, {k_pages.dtype});
   check.tensor("page_table", page_table, {"num_seqs", "max_pages"}, {DType::i32});
   check.tensor("seq_lens", seq_lens, {"num_seqs"}, {DType::i32});
   check.tensor("out", out, {"num_tokens", "num_q_heads", "head_dim"}, {DType::f32}, false);
@@ -46,6 +44,8 @@ inline void check_attention(Check& check, const Tensor& q, const Tensor& k_pages
                 std::to_string(softcap));
   p.q = static_cast<const float*>(q.data);
   p.k_pages = k_pages.data;
+  p.k_page_stride = k_pages.strides[0];
+  p.v_page_stride = v_pages.strides[0];
   p.v_pages = v_pages.data;
   p.page_table = static_cast<const std::int32_t*>(page_table.data);
   p.seq_lens = static_cast<const std::int32_t*>(seq_lens.data);

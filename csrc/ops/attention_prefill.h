@@ -22,7 +22,8 @@ struct AttentionPrefillParams {
   DType kv_dtype;
   std::int64_t num_tokens, num_seqs, num_pages, max_pages, page_size, num_q_heads, num_kv_heads,
       head_dim, window;
-  std::int64_t q_stride, out_stride;  // per token, in elements
+  std::int64_t q_stride, out_stride;          // per token, in elements
+  std::int64_t k_page_stride, v_page_stride;  // per page, in elements
 };
 
 FULLBEAM_DECLARE_OP(attention_prefill, AttentionPrefillParams)

@@ -12,10 +12,8 @@ void kv_write(const TensorView& k, const TensorView& v, const TensorView& k_page
   Check check("kv_write");
   check.tensor("k", k, {"num_tokens", "num_kv_heads", "head_dim"}, {DType::f32}, false);
   check.tensor("v", v, {"num_tokens", "num_kv_heads", "head_dim"}, {DType::f32}, false);
-  check.tensor("k_pages", k_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"},
-               {DType::f32, DType::f16, DType::bf16});
-  check.tensor("v_pages", v_pages, {"num_pages", "num_kv_heads", "page_size", "head_dim"},
-               {k_pages.dtype});
+  check.pages("k_pages", k_pages, {DType::f32, DType::f16, DType::bf16});
+  check.pages("v_pages", v_pages, {k_pages.dtype});
   check.writable("k_pages", k_pages);
   check.writable("v_pages", v_pages);
   check.tensor("slots", slots, {"num_tokens"}, {DType::i64});
@@ -23,6 +21,8 @@ void kv_write(const TensorView& k, const TensorView& v, const TensorView& k_page
   p.k = static_cast<const float*>(k.data);
   p.v = static_cast<const float*>(v.data);
   p.k_pages = k_pages.data;
+  p.k_page_stride = k_pages.strides[0];
+  p.v_page_stride = v_pages.strides[0];
   p.v_pages = v_pages.data;
   p.slots = static_cast<const std::int64_t*>(slots.data);
   p.dtype = k_pages.dtype;

@@ -15,7 +15,9 @@ struct KvWriteParams {
   const std::int64_t* slots;  // [num_tokens]
   DType dtype;                // f32, f16 (numbers past its range become +-65504) or bf16
   std::int64_t num_tokens, num_kv_heads, head_dim, num_pages, page_size;
-  std::int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;  // in elements
+  // In elements.
+  std::int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  std::int64_t k_page_stride, v_page_stride;
 };
 
 FULLBEAM_DECLARE_OP(kv_write, KvWriteParams)

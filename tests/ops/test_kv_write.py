@@ -81,5 +81,16 @@ def test_kv_write_refuses_what_does_not_fit() -> None:
         ops.kv_write(k, k, pages, pages, slots.astype(np.int32))
     with pytest.raises(ValueError, match=r"^kv_write: k_pages must be \[num_pages, num_kv_heads=1"):
         ops.kv_write(k, k, np.zeros((2, 2, 8, 16), np.float32), pages, slots)
-    with pytest.raises(ValueError, match=r"^kv_write: k_pages must be C-contiguous"):
-        ops.kv_write(k, k, np.zeros((4, 1, 8, 16), np.float32)[::2], pages, slots)
+    with pytest.raises(ValueError, match=r"^kv_write: k_pages must be contiguous within a"):
+        ops.kv_write(k, k, np.zeros((2, 1, 16, 16), np.float32)[:, :, ::2], pages, slots)
+
+
+def test_kv_write_takes_pages_at_any_distance(rng: Any) -> None:
+    memory = np.zeros((5, 3, 2, 4, 16), np.float16)  # three layers' pages lie between each other
+    k, v = (rng.standard_normal((2, 2, 16), dtype=np.float32) for _ in range(2))
+    ops.kv_write(k, v, memory[:, 1], memory[:, 2], np.array([7, 18]))
+    expected = np.zeros_like(memory)
+    for token, (page, offset) in enumerate(((1, 3), (4, 2))):
+        expected[page, 1, :, offset] = k[token]
+        expected[page, 2, :, offset] = v[token]
+    np.testing.assert_array_equal(memory, expected)

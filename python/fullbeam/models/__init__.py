@@ -58,6 +58,7 @@ def open_model(
         config = read_config(file)
         report(0.0, "tokenizer")
         tokenizer = Tokenizer.from_gguf(file)
+        file.release_metadata()
         total = sum(len(tensor.data) for tensor in file.tensors.values())
         done = 0
 
@@ -67,9 +68,9 @@ def open_model(
             report(min(1.0, done / total), "weights")
 
         decoder = Decoder(config, read_weights(file, config, packed), threads=threads)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
-            f"{path}: the tokenizer must have at most {config.vocab_size} tokens, the rows of "
+            f"{path}: the tokenizer must have {config.vocab_size} tokens, the rows of "
             f"token_embd.weight, got {tokenizer.vocab_size}"
         )
     return OpenModel(name=path.stem, path=path, decoder=decoder, tokenizer=tokenizer)

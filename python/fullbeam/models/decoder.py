@@ -77,14 +77,15 @@ class KvCache:
     """Keys and values of all layers, float16, in pages. The system gives memory as pages fill."""
 
     def __init__(self, config: DecoderConfig, num_pages: int, page_size: int) -> None:
-        shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
-        self.keys = np.zeros(shape, np.float16)
-        self.values = np.zeros(shape, np.float16)
+        # A page's keys and values of all layers lie together: memory fills up page by page.
+        page = (2, config.num_layers, config.num_kv_heads, page_size, config.head_dim)
+        self._pages = np.zeros((num_pages, *page), np.float16)
+        self.keys = [self._pages[:, 0, layer] for layer in range(config.num_layers)]
+        self.values = [self._pages[:, 1, layer] for layer in range(config.num_layers)]
 
     def copy_page(self, src: int, dst: int) -> None:
         """Copy one page to another, in all layers."""
-        self.keys[:, dst] = self.keys[:, src]
-        self.values[:, dst] = self.values[:, src]
+        self._pages[dst] = self._pages[src]
 
 
 class _Buffers:

@@ -39,7 +39,8 @@ class GgufFile:
         self.metadata = MappingProxyType(metadata)
         self.alignment = reader.alignment(metadata)
         self.tensors = MappingProxyType(reader.tensors(num_tensors, self.alignment))
-        self._release(0, reader.position)
+        self._header_bytes = reader.position
+        self.release_metadata()
 
     @classmethod
     def open(cls, path: str | Path) -> GgufFile:
@@ -117,6 +118,11 @@ class GgufFile:
         """Drop a tensor's pages from this process; touching it again reads the file again."""
         if not self._mapped.closed:
             self._release(tensor.offset, tensor.offset + tensor.data.nbytes)
+
+    def release_metadata(self) -> None:
+        """Drop the pages of the metadata from this process; reading strings brings them back."""
+        if not self._mapped.closed:
+            self._release(0, self._header_bytes)
 
     def _release(self, start: int, end: int) -> None:
         if hasattr(mmap, "MADV_DONTNEED"):
