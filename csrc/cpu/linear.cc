@@ -43,17 +43,21 @@ void quantise_token(const float* x, std::int64_t num_tiles, std::int64_t token,
                     const Activations& a) {
   for (std::int64_t tile = 0; tile < num_tiles; ++tile, x += kTileCols) {
     const std::int64_t at = tile * a.num_tokens + token;
-    F32 largest = set1(0.0f);
+    F32 largest = set1(0.0f), poison = set1(0.0f);  // poison: 0, or NaN where a value is not finite
     for (int i = 0; i < kTileCols; i += kLanes) {
       const F32 v = load(x + i);
-      largest = max(largest, max(v, sub(set1(0.0f), v)));
+      largest = max(max(v, sub(set1(0.0f), v)), largest);
+      poison = fma(v, set1(0.0f), poison);
     }
     const float amax = reduce_max(largest);
-    const float scale = amax / 127.0f;
-    const F32 inverse = set1(amax > 0.0f ? 127.0f / amax : 0.0f);
+    const float scale = amax / 127.0f + reduce_add(poison);
+    const F32 inverse = set1(amax > 0.0f ? 127.0f / amax : 0.0f), limit = set1(127.0f);
     float rounded[kTileCols];
-    for (int i = 0; i < kTileCols; i += kLanes)
-      store(rounded + i, round(mul(load(x + i), inverse)));
+    for (int i = 0; i < kTileCols; i += kLanes) {
+      // min and max give their second operand where the first is NaN.
+      const F32 value = max(min(mul(load(x + i), inverse), limit), sub(set1(0.0f), limit));
+      store(rounded + i, round(value));
+    }
     std::int32_t sums[2] = {0, 0};
     std::int8_t* values = a.values + at * kTileCols;
     for (int i = 0; i < kTileCols; ++i) {

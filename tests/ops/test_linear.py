@@ -186,3 +186,19 @@ def test_pack_weight_refuses_parts_of_different_columns() -> None:
         ops.pack_weight([])
     with pytest.raises(TypeError, match=r"^pack_weight: data must be uint8, got float32$"):
         ops.pack_weight([(np.zeros(34, np.float32), "Q8_0", (1, 32))])
+
+
+@pytest.mark.parametrize("kind", reference.WEIGHT_TYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 33, 255])
+def test_linear_never_hides_what_is_not_finite(
+    rng: Any, kind: str, value: float, place: int
+) -> None:
+    weight = rng.standard_normal((32, 256), dtype=np.float32)
+    packed = ops.pack_weight([(reference.quantize(weight, kind), kind, (32, 256))])
+    x = rng.standard_normal((5, 256), dtype=np.float32)
+    clean = ops.linear(x, packed)
+    x[2, place] = value
+    dirty = ops.linear(x, packed)
+    assert not np.isfinite(dirty[2]).any()
+    np.testing.assert_array_equal(np.delete(dirty, 2, 0), np.delete(clean, 2, 0))
