@@ -54,8 +54,7 @@ bool has_isa(Isa isa) {
     case Isa::avx512:
       return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-             __builtin_cpu_supports("avx512bf16");
+             __builtin_cpu_supports("avx512vnni");
     case Isa::avx2:
       return has_avx2;
     default:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner product of one tile: 16 rows x 32 columns of unsigned values against int8 activations of some tokens, in
-// exact int32. One version per instruction set; everything else about the matrix product is in linear.cc.
+// The inner product of one tile: 16 rows x 32 columns of unsigned values against int8 activations
+// of some tokens, in exact int32. One version per instruction set; everything else about the matrix
+// product is in linear.cc.
 #pragma once
 #include "core/weight.h"
 #include "cpu/vec.h"
@@ -8,7 +9,8 @@
 namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
-constexpr int kParts = static_cast<int>(kPanelRows) / kLanes;  // registers that hold 16 rows of float32 or int32
+constexpr int kParts =
+    static_cast<int>(kPanelRows) / kLanes;  // registers that hold 16 rows of float32 or int32
 
 #if defined(FULLBEAM_ISA_avx512)
 
@@ -17,10 +19,12 @@ constexpr int kTokensPerTile = 8;
 
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
 inline F32 widen_u8(const std::uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 inline F32 widen_i8(const std::uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
 // The tile's values, one register per step.
@@ -28,7 +32,7 @@ template <int kBits>
 struct Tile {
   __m512i step[8];
 
-  explicit Tile(const std::uint8_t* p) {
+  FULLBEAM_INLINE explicit Tile(const std::uint8_t* p) {
     if constexpr (kBits == 8) {
       for (int s = 0; s < 8; ++s) step[s] = _mm512_loadu_si512(p + 64 * s);
       return;
@@ -42,7 +46,8 @@ struct Tile {
     if constexpr (kBits == 5) {
       const __m512i high = _mm512_loadu_si512(p + 256), bit = _mm512_set1_epi8(16);
       for (int s = 0; s < 8; ++s) {
-        const __m512i moved = s < 4 ? _mm512_slli_epi16(high, 4 - s) : _mm512_srli_epi16(high, s - 4);
+        const __m512i moved =
+            s < 4 ? _mm512_slli_epi16(high, 4 - s) : _mm512_srli_epi16(high, s - 4);
         step[s] = _mm512_or_si512(step[s], _mm512_and_si512(moved, bit));
       }
     }
@@ -51,7 +56,8 @@ struct Tile {
       for (int h = 0; h < 2; ++h) {
         const __m512i high = _mm512_loadu_si512(p + 256 + 64 * h);
         for (int j = 0; j < 4; ++j) {
-          const __m512i moved = j < 2 ? _mm512_slli_epi16(high, 4 - 2 * j) : _mm512_srli_epi16(high, 2 * j - 4);
+          const __m512i moved =
+              j < 2 ? _mm512_slli_epi16(high, 4 - 2 * j) : _mm512_srli_epi16(high, 2 * j - 4);
           step[4 * h + j] = _mm512_or_si512(step[4 * h + j], _mm512_and_si512(moved, bits));
         }
       }
@@ -66,18 +72,23 @@ inline void dot_step(I32& sum, __m512i values, const std::int8_t* x) {
   std::memcpy(&four, x, 4);
   sum = _mm512_dpbusd_epi32(sum, values, _mm512_set1_epi32(four));
 #else
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(values), "m"(*reinterpret_cast<const std::int32_t(*)[1]>(x)));
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sum)
+      : "v"(values), "m"(*reinterpret_cast<const std::int32_t (*)[1]>(x)));
 #endif
 }
 
-// sums[half][token] = sum over the half's steps of (value - zero_point) * x; the two halves are added where the type has
-// one scale for both.
+// sums[half][token] = sum over the half's steps of (value - zero_point) * x; the two halves are
+// added where the type has one scale for both.
 template <int kBits, bool kHalves, int kTokens>
-inline void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x, const std::int32_t* x_sums,
-                     I32 (*sums)[kTokens][kParts]) {
+FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x,
+                              const std::int32_t* x_sums, I32 (*sums)[kTokens][kParts]) {
   for (int t = 0; t < kTokens; ++t) {
-    I32 first = _mm512_set1_epi32(-zero_point * x_sums[2 * t]);
-    I32 second = _mm512_set1_epi32(-zero_point * x_sums[2 * t + 1]);
+    // One offset where it can do: a broadcast from a general register takes a turn of the ports
+    // that multiply.
+    I32 first = _mm512_set1_epi32(-zero_point *
+                                  (kHalves ? x_sums[2 * t] : x_sums[2 * t] + x_sums[2 * t + 1]));
+    I32 second = _mm512_set1_epi32(kHalves ? -zero_point * x_sums[2 * t + 1] : 0);
     const std::int8_t* xt = x + kTileCols * t;
     dot_step(first, tile.step[0], xt);
     dot_step(second, tile.step[4], xt + 16);
@@ -103,18 +114,22 @@ constexpr int kTokensPerTile = 4;
 
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
 inline F32 widen_u8(const std::uint8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline F32 widen_i8(const std::uint8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-inline __m256i load_bytes(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i load_bytes(const std::uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 
 template <int kBits>
 struct Tile {
   __m256i step[8][2];
 
-  explicit Tile(const std::uint8_t* p) {
+  FULLBEAM_INLINE explicit Tile(const std::uint8_t* p) {
     for (int half = 0; half < 2; ++half, p += 32) {
       if constexpr (kBits == 8) {
         // Signed here: _mm256_maddubs_epi16 would saturate on unsigned bytes.
@@ -131,7 +146,8 @@ struct Tile {
       if constexpr (kBits == 5) {
         const __m256i high = load_bytes(p + 256), bit = _mm256_set1_epi8(16);
         for (int s = 0; s < 8; ++s) {
-          const __m256i moved = s < 4 ? _mm256_slli_epi16(high, 4 - s) : _mm256_srli_epi16(high, s - 4);
+          const __m256i moved =
+              s < 4 ? _mm256_slli_epi16(high, 4 - s) : _mm256_srli_epi16(high, s - 4);
           step[s][half] = _mm256_or_si256(step[s][half], _mm256_and_si256(moved, bit));
         }
       }
@@ -140,8 +156,10 @@ struct Tile {
         for (int h = 0; h < 2; ++h) {
           const __m256i high = load_bytes(p + 256 + 64 * h);
           for (int j = 0; j < 4; ++j) {
-            const __m256i moved = j < 2 ? _mm256_slli_epi16(high, 4 - 2 * j) : _mm256_srli_epi16(high, 2 * j - 4);
-            step[4 * h + j][half] = _mm256_or_si256(step[4 * h + j][half], _mm256_and_si256(moved, bits));
+            const __m256i moved =
+                j < 2 ? _mm256_slli_epi16(high, 4 - 2 * j) : _mm256_srli_epi16(high, 2 * j - 4);
+            step[4 * h + j][half] =
+                _mm256_or_si256(step[4 * h + j][half], _mm256_and_si256(moved, bits));
           }
         }
       }
@@ -155,11 +173,12 @@ inline __m256i broadcast4(const std::int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-// Pairs of products are added up in int16 for as many steps as cannot overflow (a pair is at most 2 * 127 * (2^bits - 1)):
-// eight steps for 4 bits, four for 5, two for 6; 8-bit values go as |value| * (x with the value's sign), a step at a time.
+// Pairs of products are added up in int16 for as many steps as cannot overflow (a pair is at most 2
+// * 127 * (2^bits - 1)): eight steps for 4 bits, four for 5, two for 6; 8-bit values go as |value|
+// * (x with the value's sign), a step at a time.
 template <int kBits, bool kHalves, int kTokens>
-inline void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x, const std::int32_t* x_sums,
-                     I32 (*sums)[kTokens][kParts]) {
+FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x,
+                              const std::int32_t* x_sums, I32 (*sums)[kTokens][kParts]) {
   const __m256i ones = _mm256_set1_epi16(1);
   constexpr int kRun = kBits == 4 ? (kHalves ? 4 : 8) : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
   I32 total[2][kTokens][2];
@@ -200,7 +219,8 @@ inline void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t*
     for (int t = 0; t < kTokens; ++t) {
       const std::int32_t x_sum = kHalves ? x_sums[2 * t + part] : x_sums[2 * t] + x_sums[2 * t + 1];
       const __m256i offset = _mm256_set1_epi32(kBits == 8 ? 0 : zero_point * x_sum);
-      for (int half = 0; half < 2; ++half) sums[part][t][half] = _mm256_sub_epi32(total[part][t][half], offset);
+      for (int half = 0; half < 2; ++half)
+        sums[part][t][half] = _mm256_sub_epi32(total[part][t][half], offset);
     }
   }
 }
@@ -211,18 +231,20 @@ constexpr int kTokensPerTile = 2;
 
 inline F32 to_f32(I32 a) { return __builtin_convertvector(a, F32); }
 inline F32 widen_u8(const std::uint8_t* p) {
-  return F32{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+  return F32{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+             static_cast<float>(p[3])};
 }
 inline F32 widen_i8(const std::uint8_t* p) {
   const auto* s = reinterpret_cast<const std::int8_t*>(p);
-  return F32{static_cast<float>(s[0]), static_cast<float>(s[1]), static_cast<float>(s[2]), static_cast<float>(s[3])};
+  return F32{static_cast<float>(s[0]), static_cast<float>(s[1]), static_cast<float>(s[2]),
+             static_cast<float>(s[3])};
 }
 
 template <int kBits>
 struct Tile {
   std::uint8_t step[8][64];
 
-  explicit Tile(const std::uint8_t* p) {
+  FULLBEAM_INLINE explicit Tile(const std::uint8_t* p) {
     for (int s = 0; s < 8; ++s) {
       for (int i = 0; i < 64; ++i) {
         if constexpr (kBits == 8) {
@@ -239,15 +261,16 @@ struct Tile {
 };
 
 template <int kBits, bool kHalves, int kTokens>
-inline void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x, const std::int32_t* x_sums,
-                     I32 (*sums)[kTokens][kParts]) {
+FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x,
+                              const std::int32_t* x_sums, I32 (*sums)[kTokens][kParts]) {
   for (int t = 0; t < kTokens; ++t) {
     std::int32_t total[2][16];
     for (int part = 0; part < 2; ++part) {
       for (int row = 0; row < 16; ++row) {
         std::int32_t sum = -zero_point * x_sums[2 * t + part];
         for (int s = 4 * part; s < 4 * part + 4; ++s) {
-          for (int i = 0; i < 4; ++i) sum += tile.step[s][4 * row + i] * x[kTileCols * t + 4 * s + i];
+          for (int i = 0; i < 4; ++i)
+            sum += tile.step[s][4 * row + i] * x[kTileCols * t + 4 * s + i];
         }
         total[part][row] = sum;
       }
