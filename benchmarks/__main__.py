@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks ops [--op NAME] [--threads N] [--out FILE]`: one table, and JSON lines."""
+"""`python -m benchmarks ops|peers`: tables for people, and the same rows as JSON lines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks import harness
 
+from benchmarks import harness, peers, quality
 from fullbeam import _core
 
 
@@ -72,6 +72,11 @@ def main() -> int:
     suite.add_argument("--threads", type=int, default=_core.num_physical_cores())
     suite.add_argument("--out", type=Path, help="write the rows as JSON lines")
     suite.set_defaults(run=run_ops)
+    suites.add_parser("peers", help="fullbeam beside other runtimes on the same model")
+    suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
+    for name, module in (("peers", peers), ("quality", quality)):
+        if sys.argv[1:2] == [name]:
+            return module.main(sys.argv[2:])
     args = parser.parse_args()
     return int(args.run(args))
 

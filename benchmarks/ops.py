@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.harness import Cache, median_us
 
+from benchmarks.harness import Cache, median_us
 from fullbeam import ops, reference
 
 torch: Any = __import__("torch") if importlib.util.find_spec("torch") else None

@@ -187,7 +187,8 @@ def kv_write(k: Array, v: Array, k_pages: Array, v_pages: Array, slots: Array) -
     ----------
     k, v : float32 [num_tokens, num_kv_heads, head_dim]
     k_pages, v_pages : float32, float16 or bfloat16 [num_pages, num_kv_heads, page_size, head_dim]
-        Each page contiguous, at any distance from the next. float16 saturates at its largest finite value.
+        Each page contiguous, at any distance from the next. float16 saturates at its largest
+        finite value.
     slots : int64 [num_tokens]
         ``page * page_size + offset``; a negative slot is skipped.
 
