@@ -76,7 +76,7 @@ def main() -> int:
     suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
     for name, module in (("peers", peers), ("quality", quality)):
         if sys.argv[1:2] == [name]:
-            return module.main(sys.argv[2:])
+            return int(module.main(sys.argv[2:]))
     args = parser.parse_args()
     return int(args.run(args))
 
