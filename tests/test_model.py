@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import fake_model
-import fake_ops
 import fullbeam
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.sequence import RequestCancelled
@@ -25,11 +24,6 @@ from fullbeam.params import CompletionParams
 
 GREEDY: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 BOS = fake_model.BOS
-
-
-@pytest.fixture(autouse=True)
-def _ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_ops.install(monkeypatch)
 
 
 @pytest.fixture

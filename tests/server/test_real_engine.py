@@ -13,7 +13,6 @@ import httpx
 import pytest
 
 import fake_model
-import fake_ops
 from fullbeam.engine.engine import Engine
 from fullbeam.model import Model
 from fullbeam.server.app import Settings, create_app
@@ -23,7 +22,6 @@ BODY: dict[str, Any] = {"max_tokens": 12, "seed": 5, "ignore_eos": True}
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
-    fake_ops.install(monkeypatch)
     decoder: Any = fake_model.FakeDecoder(256)
     engine = Engine(decoder, fake_model.FakeTokenizer(), page_size=4)
     loaded = Model(engine, name="fake")
