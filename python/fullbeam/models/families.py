@@ -29,6 +29,7 @@ class Family:
         0  # every n-th layer sees everything, the others a window; 0 = all see everything
     )
     local_rope_base: float = 0.0  # of the windowed layers
+    wide_scale_layers: int = 0  # a model of so many layers scales queries by hidden_size / heads
 
 
 FAMILIES = {
@@ -36,7 +37,11 @@ FAMILIES = {
     "qwen2": Family(),
     "qwen3": Family(),
     "gemma3": Family(
-        activation="gelu_tanh", is_embedding_scaled=True, window_pattern=6, local_rope_base=10000.0
+        activation="gelu_tanh",
+        is_embedding_scaled=True,
+        window_pattern=6,
+        local_rope_base=10000.0,
+        wide_scale_layers=62,
     ),
 }
 
@@ -120,6 +125,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
             f"to 512 dimensions, and query heads a multiple of KV heads; got {num_layers} layers, "
             f"{num_q_heads} and {num_kv_heads} heads of {head_dim}"
         )
+    is_wide = num_layers == family.wide_scale_layers  # Gemma 3 27B
     ropes, windows = _layer_kinds(file, arch, family, num_layers, head_dim, size)
     return DecoderConfig(
         vocab_size=_vocab_size(file),
@@ -132,7 +138,7 @@ def read_config(file: GgufFile) -> DecoderConfig:
         ffn_size=size("feed_forward_length"),
         ropes=ropes,
         windows=windows,
-        attention_scale=1.0 / math.sqrt(head_dim),
+        attention_scale=1.0 / math.sqrt(hidden_size / num_q_heads if is_wide else head_dim),
         norm_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
         embedding_scale=math.sqrt(hidden_size) if family.is_embedding_scaled else 1.0,
         activation=family.activation,
