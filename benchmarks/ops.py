@@ -30,6 +30,7 @@ class Case:
     num_flops: int = 0
     dtype: str = "float32"
     check: bool = True  # the two agree to a few per cent (a quantised weight's error)
+    baseline_name: str = "torch" if torch else "numpy"
 
 
 def normal(*shape: int) -> Any:
@@ -139,8 +140,58 @@ def attention_prefill(num_seqs: int, seq_len: int) -> Case:
     return attention(num_seqs, seq_len, seq_len)
 
 
-def attention_decode(num_seqs: int, seq_len: int) -> Case:
-    return attention(num_seqs, seq_len, 1)
+def attention_decode(num_seqs: int, seq_len: int, num_beams: int = 1) -> Case:
+    if num_beams == 1:
+        return attention(num_seqs, seq_len, 1)
+    # A search behind a prompt of seq_len tokens: 16 tokens of all beams, then 8 of each. Beside it
+    # the same as plain sequences, each with its own copy of the prompt.
+    page_size, shared, own = 16, 16, 8
+    num_slots, plain_len = shared + num_beams * own, seq_len + shared + own
+    slot_start = -(-seq_len // page_size) * page_size
+    num_pages, num_plain = (-(-n // page_size) for n in (slot_start + num_slots, plain_len))
+    keys, values = rng.standard_normal((2, slot_start + num_slots, HEAD_DIM), np.float32)
+    paths = [
+        [*range(shared), *range(shared + beam * own, shared + (beam + 1) * own)]
+        for beam in range(num_beams)
+    ]
+    chains = [[*range(seq_len), *(slot_start + slot for slot in path)] for path in paths]
+
+    def paged(rows: Any, pages: int) -> Any:
+        out = np.zeros((pages * page_size, HEAD_DIM), np.float16)
+        out[: len(rows)] = rows
+        return out.reshape(pages, 1, page_size, HEAD_DIM)
+
+    union = [paged(rows, num_pages) for rows in (keys, values)]
+    plain = [
+        np.concatenate([paged(rows[chain], num_plain) for chain in chains])
+        for rows in (keys, values)
+    ]
+    tables = np.arange(num_beams * num_plain, dtype=np.int32).reshape(num_beams, num_plain)
+    lens = np.full(num_beams, plain_len, np.int32)
+    num_words = -(-num_slots // 32)
+    bits = np.zeros((num_beams, 32 * num_words), bool)
+    slot_positions = np.zeros((1, 32 * num_words), np.int32)
+    for beam, path in enumerate(paths):
+        bits[beam, path] = True
+        slot_positions[0, path] = seq_len + np.arange(len(path))
+    search = {
+        "query_starts": np.array([0, num_beams], np.int32),
+        "slot_starts": np.array([slot_start], np.int32),
+        "num_slots": np.array([num_slots], np.int32),
+        "visible": np.packbits(bits, axis=1, bitorder="little").view(np.uint32),
+        "slot_positions": slot_positions,
+        "positions": lens - 1,
+    }
+    table, prompt_lens = np.arange(num_pages, dtype=np.int32)[None], np.array([seq_len], np.int32)
+    q = normal(num_beams, NUM_HEADS, HEAD_DIM)
+    return Case(
+        lambda: ops.attention_decode(q, *union, table, prompt_lens, scale=1 / 16, **search),
+        lambda: ops.attention_decode(q, *plain, tables, lens, scale=1 / 16),
+        4 * (seq_len + num_slots) * HEAD_DIM + 2 * q.nbytes,
+        4 * q.size * plain_len,
+        "float16",
+        baseline_name=f"{num_beams} plain rows",
+    )
 
 
 def gated_activation(num_tokens: int) -> Case:
@@ -173,11 +224,8 @@ def logprobs(num_rows: int, num_top: int) -> Case:
     return Case(run, baseline, logits.nbytes)
 
 
-def sample(num_rows: int, temperature: float, top_k: int, top_p: float) -> Case:
-    logits = 3 * normal(num_rows, VOCAB)
-    logits[:, :20] += 15  # most of the mass on some tokens, as a model's is
-    wide = tensor(logits)
-    options = {
+def sample_options(num_rows: int, temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+    return {
         "temperature": np.full(num_rows, temperature, np.float32),
         "top_k": np.full(num_rows, top_k, np.int32),
         "top_p": np.full(num_rows, top_p, np.float32),
@@ -185,6 +233,17 @@ def sample(num_rows: int, temperature: float, top_k: int, top_p: float) -> Case:
         "seeds": np.arange(num_rows, dtype=np.uint64),
         "counters": np.zeros((num_rows, 3), np.uint32),
     }
+
+
+def sample(
+    num_rows: int, temperature: float, top_k: int, top_p: float, history_len: int = 0
+) -> Case:
+    if history_len:
+        return sample_with_all(num_rows, temperature, top_k, top_p, history_len)
+    logits = 3 * normal(num_rows, VOCAB)
+    logits[:, :20] += 15  # most of the mass on some tokens, as a model's is
+    wide = tensor(logits)
+    options = sample_options(num_rows, temperature, top_k, top_p)
 
     def baseline() -> Any:
         if temperature == 0:
@@ -200,8 +259,98 @@ def sample(num_rows: int, temperature: float, top_k: int, top_p: float) -> Case:
         drawn = probs.multinomial(1)
         return drawn if ids is None else ids.gather(1, drawn)
 
-    check = temperature == 0
-    return Case(lambda: ops.sample(logits, **options), baseline, logits.nbytes, check=check)
+    run = lambda: ops.sample(logits, **options).token_ids  # noqa: E731
+    return Case(run, baseline, logits.nbytes, check=temperature == 0)
+
+
+def sample_with_all(
+    num_rows: int, temperature: float, top_k: int, top_p: float, history_len: int
+) -> Case:
+    """Bias, penalties, min_p and log-probabilities too, over half the vocabulary."""
+    vocab_size, num_biases, num_top = VOCAB // 2, 10, 5
+    logits = 3 * normal(num_rows, vocab_size)
+    logits[:, :20] += 15
+    ids = np.stack([rng.permutation(vocab_size)[:history_len] for _ in range(num_rows)])
+    counts = rng.integers(0, 4, ids.shape)
+    bias_ids, bias_values = ids[:, :num_biases], normal(num_rows, num_biases)
+    penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": 0.1}
+    min_p = 0.02
+    options = sample_options(num_rows, temperature, top_k, top_p) | {
+        "min_p": np.full(num_rows, min_p, np.float32),
+        "bias_starts": np.arange(num_rows + 1, dtype=np.int32) * num_biases,
+        "bias_ids": bias_ids.astype(np.int32).ravel(),
+        "bias_values": bias_values.ravel(),
+        "history_starts": np.arange(num_rows + 1, dtype=np.int32) * history_len,
+        "history_ids": ids.astype(np.int32).ravel(),
+        "history_counts": counts.astype(np.int32).ravel(),
+        **{name: np.full(num_rows, value, np.float32) for name, value in penalties.items()},
+        "num_top": np.full(num_rows, num_top, np.int32),
+    }
+    if torch:
+        wide, seen, times, biased = (tensor(a) for a in (logits, ids, counts, bias_ids))
+
+    def baseline() -> Any:
+        if torch is None:
+            found = reference.sample(logits, **options)
+            return found.top_logprobs, found.logprobs, found.ranks, found.token_ids
+        repetition, frequency, presence = penalties.values()
+        edited = wide.scatter_add(1, biased, tensor(bias_values))
+        values = edited.gather(1, seen)
+        values = torch.where(values > 0, values / repetition, values * repetition)
+        values = values - (times * frequency + (times > 0) * presence)
+        values, order = (edited.scatter(1, seen, values) / temperature).sort(1, descending=True)
+        values = values.masked_fill(values < values[:, :1] + float(np.log(min_p)), -np.inf)
+        values[:, top_k:] = -np.inf
+        probs = values.softmax(dim=1)
+        probs = probs * (probs.cumsum(dim=1) - probs < top_p)
+        token_ids = order.gather(1, probs.multinomial(1))
+        logprobs = wide.log_softmax(dim=1)
+        chosen = logprobs.gather(1, token_ids)
+        ranks = (logprobs > chosen).sum(dim=1) + 1
+        return logprobs.topk(num_top, dim=1).values, chosen, ranks, token_ids
+
+    def run() -> Any:
+        found = ops.sample(logits, **options)
+        return found.top_logprobs, found.logprobs, found.ranks, found.token_ids
+
+    return Case(run, baseline, logits.nbytes)
+
+
+def beam_step(vocab_size: int, num_groups: int, beam_size: int) -> Case:
+    num_beams = num_groups * beam_size
+    logits = 3 * normal(num_beams, vocab_size)
+    logits[:, 100:120] += 15
+    sums = np.sort(rng.standard_normal(num_beams))[::-1]
+    terminators = np.zeros((1, (vocab_size + 31) // 32), np.uint32)
+    terminators[:, 1000:1100] = 2**32 - 1  # the tokens with a line break
+    arguments = {
+        "beam_rows": np.arange(num_beams, dtype=np.int32),
+        "sums": np.stack([sums, sums], axis=1),
+        "group_starts": np.arange(num_groups + 1, dtype=np.int32) * beam_size,
+        "request_starts": np.array([0, num_groups], np.int32),
+        "beam_sizes": np.full(num_groups, beam_size, np.int32),
+        "diversity_strengths": np.full(1, 0.3, np.float32),
+        "terminators": terminators,
+        "terminator_idx": np.zeros(num_beams, np.int32),
+    }
+    wide, scores = tensor(logits), tensor(sums.astype(np.float32))
+
+    def baseline() -> Any:
+        if torch is None:
+            return None
+        values, ids = (wide.log_softmax(dim=1) + scores[:, None]).topk(2 * num_beams, dim=1)
+        chosen, parents = ids.new_empty(0), []
+        for begin in range(0, num_beams, beam_size):
+            group_ids = ids[begin : begin + beam_size].reshape(-1)
+            counts = (group_ids[:, None] == chosen).sum(dim=1)
+            totals = values[begin : begin + beam_size].reshape(-1) - 0.3 * counts
+            places = totals.topk(beam_size).indices
+            parents.append(begin + places // (2 * num_beams))
+            chosen = torch.cat([chosen, group_ids[places]])
+        return (torch.stack(parents),)
+
+    run = lambda: ops.beam_step(logits, **arguments)  # noqa: E731
+    return Case(run, baseline, logits.nbytes)
 
 
 CASES: dict[Callable[..., Case], list[dict[str, Any]]] = {
@@ -219,7 +368,10 @@ CASES: dict[Callable[..., Case], list[dict[str, Any]]] = {
     rope: [{"num_tokens": 1}, {"num_tokens": 512}],
     kv_write: [{"num_tokens": 1}, {"num_tokens": 512}],
     attention_prefill: [{"num_seqs": 1, "seq_len": 512}],
-    attention_decode: [{"num_seqs": n, "seq_len": s} for n, s in ((1, 512), (8, 512), (1, 4096))],
+    attention_decode: [
+        *({"num_seqs": n, "seq_len": s} for n, s in ((1, 512), (8, 512), (1, 4096))),
+        {"num_seqs": 1, "seq_len": 1000, "num_beams": 8},
+    ],
     gated_activation: [{"num_tokens": 1}, {"num_tokens": 512}],
     logprobs: [{"num_rows": 1, "num_top": 0}, {"num_rows": 8, "num_top": 5}],
     sample: [
@@ -227,11 +379,18 @@ CASES: dict[Callable[..., Case], list[dict[str, Any]]] = {
         for rows in (1, 8)
         for t, k, p in (
             (0.0, 0, 1.0),
+            (1.0, 0, 1.0),
             (0.8, 0, 1.0),
             (0.8, 50, 1.0),
             (0.8, 0, 0.95),
             (0.8, 40, 0.95),
         )
+    ]
+    + [{"num_rows": 64, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "history_len": 1000}],
+    beam_step: [
+        {"vocab_size": size, "num_groups": groups, "beam_size": 8 // groups}
+        for size in (VOCAB, 151936)
+        for groups in (1, 4)
     ],
 }
 IDS = [(build, axes) for build, several in CASES.items() for axes in several]
@@ -268,5 +427,5 @@ def test_op(
     benchmark.extra_info.update(
         op=build.__name__, shape=shape_text(axes), dtype=case.dtype, device="cpu",
         num_bytes=case.num_bytes, num_flops=case.num_flops, baseline_us=baseline_us,
-        baseline="torch" if torch and build not in (embedding, rope, kv_write) else "numpy",
+        baseline="numpy" if build in (embedding, rope, kv_write) else case.baseline_name,
     )  # fmt: skip

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases that attention_prefill and attention_decode are tested with, and their float32 run."""
+"""The cases that attention_prefill and attention_decode are tested with, their float32 run, and
+searches: prompts with a tree of generated tokens in slots.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from op_helpers import Array, PagedKv
+from fullbeam import ops, reference
+from op_helpers import Array, PagedKv, paged_kv
 
 # num_q_heads, num_kv_heads, head_dim, page_size, window, softcap, dtype of the pages
 CASES = [
@@ -48,3 +53,115 @@ def naive(
                 weights = np.exp(scores - scores.max())
                 out[token, head] = weights @ values[seen, kv_head] / weights.sum()
     return out
+
+
+def grow_tree(
+    rng: np.random.Generator, width: int, depth: int
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """A search with random parents, step by step: the parent of each beam, and the slots on the
+    way to it. A step's tokens go to slots that no live beam descends from, in any order.
+    """
+    paths: list[list[int]] = [[]]
+    for _ in range(depth):
+        parents = rng.integers(0, len(paths), width).tolist()
+        taken = {slot for parent in parents for slot in paths[parent]}
+        free = sorted(set(range(len(taken) + width)) - taken)
+        chosen = rng.permutation(free[:width]).tolist()
+        paths = [[*paths[parent], slot] for parent, slot in zip(parents, chosen, strict=True)]
+        yield parents, paths
+
+
+def visible_words(path: list[int], num_words: int) -> Array:
+    """A row of `visible` in which exactly these slots are seen."""
+    bits = np.zeros(32 * num_words, bool)
+    bits[path] = True
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+@dataclass(frozen=True)
+class Searches:
+    """Sequences of one call, some of them searches, and each row's keys as a plain sequence."""
+
+    kv: PagedKv  # NaN in what no row sees, pages out of all bounds where there is nothing
+    slots: dict[str, Any]  # the arguments of attention_decode
+    chains: PagedKv  # one sequence per row
+
+    def decode(self, q: Array, **options: Any) -> Any:
+        kv = self.kv
+        return ops.attention_decode(
+            q, kv.k_pages, kv.v_pages, kv.page_table, kv.seq_lens, **self.slots, **options
+        )
+
+    def oracle(self, q: Array, **options: Any) -> Any:
+        kv = self.kv
+        return reference.attention_decode(
+            q, kv.k_pages, kv.v_pages, kv.page_table, kv.seq_lens, **self.slots, **options
+        )
+
+    def only(self, seq: int, rows: list[int]) -> Searches:
+        """One of the sequences, with these of its rows."""
+        one, kv, slots = slice(seq, seq + 1), self.kv, self.slots
+        own = [slots["query_starts"][seq] + row for row in rows]
+        return Searches(
+            PagedKv(kv.k_pages, kv.v_pages, kv.page_table[one], kv.seq_lens[one]),
+            {
+                "query_starts": np.array([0, len(rows)], np.int32),
+                "slot_starts": slots["slot_starts"][one],
+                "num_slots": slots["num_slots"][one],
+                "visible": slots["visible"][own],
+                "slot_positions": slots["slot_positions"][one],
+                "positions": slots["positions"][own],
+            },
+            self.chains,
+        )
+
+    def slot_pages(self, seq: int, slot: int) -> tuple[int, int]:
+        """Page and offset of a slot."""
+        key, page_size = self.slots["slot_starts"][seq] + slot, self.kv.k_pages.shape[2]
+        return self.kv.page_table[seq, key // page_size], key % page_size
+
+
+def searches(
+    rng: np.random.Generator, shapes: list[tuple[int, int, int]], **pages: Any
+) -> Searches:
+    """Of each (prompt length, width, depth) a search; a plain sequence where depth is 0."""
+    size = pages.get("page_size", 16)
+    trees = [list(grow_tree(rng, width, depth)) for _, width, depth in shapes]
+    paths = [tree[-1][1] if tree else [[]] for tree in trees]
+    num_slots = [max((slot + 1 for path in own for slot in path), default=0) for own in paths]
+    prompts = np.array([prompt for prompt, *_ in shapes], np.int32)
+    starts = np.cumsum([0, *map(len, paths)]).astype(np.int32)
+    # Slots begin behind a page that is not in use.
+    slot_starts = ((-(-prompts // size) + 1) * size).astype(np.int32)
+    kv = paged_kv(rng, np.where(num_slots, slot_starts + num_slots, prompts).tolist(), **pages)
+    lens = [prompt + len(path) for prompt, own in zip(prompts, paths, strict=True) for path in own]
+    chains = paged_kv(rng, lens, **pages)
+    num_words = -(-max(num_slots) // 32)
+    visible = np.zeros((starts[-1], num_words), np.uint32)
+    slot_positions = np.full((len(shapes), 32 * num_words), -(2**31), np.int32)
+    for seq, (prompt, table) in enumerate(zip(prompts, kv.page_table, strict=True)):
+        slots = slot_starts[seq] + np.arange(num_slots[seq])
+        used = set().union(*paths[seq])
+        for key in {*range(prompt, slots[-1] + 1 if len(slots) else 0)} - {*slots[[*used]]}:
+            kv.k_pages[table[key // size], :, key % size] = np.nan
+            kv.v_pages[table[key // size], :, key % size] = np.nan
+        if len(slots):
+            table[-(-prompt // size)] = -1
+        for row, path in enumerate(paths[seq], starts[seq]):
+            # Bits beyond the last slot are set too.
+            beyond = range(num_slots[seq], 32 * num_words)
+            visible[row] = visible_words([*path, *beyond], num_words)
+            slot_positions[seq, path] = prompt + np.arange(len(path))
+            keys, places = np.array([*range(prompt), *slots[path]]), np.arange(lens[row])
+            from_page, to_page = table[keys // size], chains.page_table[row, places // size]
+            for source, target in ((kv.k_pages, chains.k_pages), (kv.v_pages, chains.v_pages)):
+                target[to_page, :, places % size] = source[from_page, :, keys % size]
+    arguments = {
+        "query_starts": starts,
+        "slot_starts": slot_starts,
+        "num_slots": np.array(num_slots, np.int32),
+        "visible": visible,
+        "slot_positions": slot_positions,
+        "positions": np.array(lens, np.int32) - 1,
+    }
+    return Searches(PagedKv(kv.k_pages, kv.v_pages, kv.page_table, prompts), arguments, chains)

@@ -4,10 +4,11 @@
 
 namespace fullbeam {
 
-enum class DType : std::int32_t { f32, f16, bf16, i32, i64, u32, u64, u8 };
+enum class DType : std::int32_t { f32, f16, bf16, f64, i32, i64, u32, u64, u8 };
 
 constexpr std::int64_t size_of(DType dtype) {
   switch (dtype) {
+    case DType::f64:
     case DType::i64:
     case DType::u64:
       return 8;
@@ -29,6 +30,8 @@ constexpr const char* name_of(DType dtype) {
       return "float16";
     case DType::bf16:
       return "bfloat16";
+    case DType::f64:
+      return "float64";
     case DType::i32:
       return "int32";
     case DType::i64:

@@ -1,36 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of a block of query rows (some tokens x the query heads that share one KV head) over a
 // paged KV cache. Mapping: keys go by tiles of 32 at absolute positions; a tile is converted to
-// float32 once, keys transposed, and meets all rows of the block, four rows by 16 columns at a time
-// in registers. Cost: K and V of the visible keys once per block, 4 * head_dim operations per row
-// and key. Numerics: float32, running maximum and sum per row (Milakov and Gimelshein 2018, arXiv
-// 1805.02867). What a row sees is added up in order of position, tile by tile, and keys that it
-// doesn't see add exact zeros: its result is the same bits in every block, prefill or decode.
+// float32 once, keys transposed, and meets all rows of the block, some rows by some columns at a
+// time in registers. Cost: K and V of the visible keys once per block, 4 * head_dim operations per
+// row and key. Numerics: float32, running maximum and sum per row (Milakov and Gimelshein 2018,
+// arXiv 1805.02867). What a row sees is added up in order of position, tile by tile, and keys that
+// it doesn't see add exact zeros: its result is the same bits in every block, prefill or decode.
 #pragma once
+#include "core/parallel.h"
 #include "cpu/vec.h"
 #include "ops/attention_prefill.h"
 
 namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
-constexpr int kTileKeys = 32;
-constexpr int kMaxRows = 64;  // query rows of a block
-constexpr int kRegRows = 4;   // rows of a register tile
+constexpr int kTileKeys = 32;  // a bit each in a word
+constexpr int kMaxRows = 64;   // query rows of a block
+// Rows and columns of a register tile. 16 sums keep two 512-bit multiply-adds a cycle in flight; on
+// Zen 4, which starts one, 4 x 16 is as fast.
+#if defined(FULLBEAM_ISA_avx512)
+constexpr int kRegRows = 8;
+constexpr int kRegCols = 32;
+#else
+constexpr int kRegRows = 4;
 constexpr int kRegCols = 16;
-constexpr int kRegParts = kRegCols / kLanes;
+#endif
+constexpr int kMinCols = 16;
+
+// Query rows of one block: tokens of one sequence (rows of q) x some heads of one KV head's group.
+struct QueryRows {
+  std::int64_t token_begin, num_tokens, head_begin, num_heads;
+  std::int64_t count() const { return num_tokens * num_heads; }
+};
 
 // Memory of one thread's block.
 struct AttentionBlock {
-  float* q;        // [kMaxRows, head_dim], scaled
-  float* out;      // [kMaxRows, head_dim]
-  float* k_tile;   // [head_dim, kTileKeys]
-  float* v_tile;   // [kTileKeys, head_dim]
-  float* weights;  // [kMaxRows, kTileKeys]
-  float* maxima;   // [kMaxRows]
-  float* sums;     // [kMaxRows]
+  float* q;                 // [kMaxRows, head_dim], scaled
+  float* out;               // [kMaxRows, head_dim]
+  float* k_tile;            // [head_dim, kTileKeys]
+  float* v_tile;            // [kTileKeys, head_dim]
+  float* weights;           // [kMaxRows, kTileKeys]
+  float* maxima;            // [kMaxRows]
+  float* sums;              // [kMaxRows]
+  std::int32_t* positions;  // [kMaxRows], of the tokens
+  std::uint32_t* seen;      // [kMaxRows], of the tokens: bit i is key i of the tile
 
   static std::int64_t floats(std::int64_t head_dim) {
-    return 2 * kMaxRows * head_dim + 2 * kTileKeys * head_dim + kMaxRows * kTileKeys + 2 * kMaxRows;
+    return 2 * kMaxRows * head_dim + 2 * kTileKeys * head_dim + kMaxRows * kTileKeys + 4 * kMaxRows;
   }
   AttentionBlock(float* memory, std::int64_t head_dim) {
     q = memory;
@@ -40,56 +56,63 @@ struct AttentionBlock {
     weights = v_tile + kTileKeys * head_dim;
     maxima = weights + kMaxRows * kTileKeys;
     sums = maxima + kMaxRows;
+    positions = reinterpret_cast<std::int32_t*>(sums + kMaxRows);
+    seen = reinterpret_cast<std::uint32_t*>(positions + kMaxRows);
   }
 };
 
-// c[rows, 16] (+)= a[rows, n] * b[n, 16], sums in order of n.
-template <int kRows, bool kAdd>
-inline void multiply_block(const float* a, std::int64_t a_stride, const float* b,
-                           std::int64_t b_stride, std::int64_t n, float* c, std::int64_t c_stride) {
-  F32 acc[kRows][kRegParts];
-#pragma GCC unroll 4
+// c[rows, cols] (+)= a[rows, n] * b[n, cols], sums in order of n: the same bits in every tile.
+template <int kRows, int kCols, bool kAdd>
+FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const float* b,
+                                   std::int64_t b_stride, std::int64_t n, float* c,
+                                   std::int64_t c_stride) {
+  constexpr int kParts = kCols / kLanes;
+  F32 acc[kRows][kParts];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kRegParts; ++i)
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i)
       acc[r][i] = kAdd ? load(c + r * c_stride + i * kLanes) : set1(0.0f);
   }
   for (std::int64_t k = 0; k < n; ++k) {
-    F32 row[kRegParts];
-    for (int i = 0; i < kRegParts; ++i) row[i] = load(b + k * b_stride + i * kLanes);
+    F32 row[kParts];
 #pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) row[i] = load(b + k * b_stride + i * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32 value = set1(a[r * a_stride + k]);
-      for (int i = 0; i < kRegParts; ++i) acc[r][i] = fma(value, row[i], acc[r][i]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) acc[r][i] = fma(value, row[i], acc[r][i]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    for (int i = 0; i < kRegParts; ++i) store(c + r * c_stride + i * kLanes, acc[r][i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) store(c + r * c_stride + i * kLanes, acc[r][i]);
   }
 }
 
-template <bool kAdd>
-inline void multiply(std::int64_t num_rows, const float* a, std::int64_t a_stride, const float* b,
-                     std::int64_t b_stride, std::int64_t n, std::int64_t num_cols, float* c,
-                     std::int64_t c_stride) {
-  for (std::int64_t r = 0; r < num_rows; r += kRegRows) {
-    for (std::int64_t col = 0; col < num_cols; col += kRegCols) {
-      const float* ar = a + r * a_stride;
-      float* cr = c + r * c_stride + col;
-      switch (num_rows - r) {
-        case 1:
-          multiply_block<1, kAdd>(ar, a_stride, b + col, b_stride, n, cr, c_stride);
-          break;
-        case 2:
-          multiply_block<2, kAdd>(ar, a_stride, b + col, b_stride, n, cr, c_stride);
-          break;
-        case 3:
-          multiply_block<3, kAdd>(ar, a_stride, b + col, b_stride, n, cr, c_stride);
-          break;
-        default:
-          multiply_block<kRegRows, kAdd>(ar, a_stride, b + col, b_stride, n, cr, c_stride);
-      }
-    }
+template <int kRows, bool kAdd>
+inline void multiply_rows(const float* a, std::int64_t a_stride, const float* b,
+                          std::int64_t b_stride, std::int64_t n, std::int64_t num_cols, float* c,
+                          std::int64_t c_stride) {
+  std::int64_t col = 0;
+  for (; col + kRegCols <= num_cols; col += kRegCols)
+    multiply_tile<kRows, kRegCols, kAdd>(a, a_stride, b + col, b_stride, n, c + col, c_stride);
+  if (col < num_cols)
+    multiply_tile<kRows, kMinCols, kAdd>(a, a_stride, b + col, b_stride, n, c + col, c_stride);
+}
+
+// kRows rows at a time, then the rest; num_cols is a multiple of kMinCols.
+template <bool kAdd, int kRows = kRegRows>
+void multiply(std::int64_t num_rows, const float* a, std::int64_t a_stride, const float* b,
+              std::int64_t b_stride, std::int64_t n, std::int64_t num_cols, float* c,
+              std::int64_t c_stride) {
+  for (; num_rows >= kRows; num_rows -= kRows, a += kRows * a_stride, c += kRows * c_stride)
+    multiply_rows<kRows, kAdd>(a, a_stride, b, b_stride, n, num_cols, c, c_stride);
+  if constexpr (kRows > 1) {
+    if (num_rows > 0)
+      multiply<kAdd, kRows - 1>(num_rows, a, a_stride, b, b_stride, n, num_cols, c, c_stride);
   }
 }
 
@@ -153,25 +176,24 @@ void load_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
   }
 }
 
-// Scores of one row's tile -> weights; the row's running maximum, sum and output follow.
+// Scores of one row's tile -> weights; the row's running maximum, sum and output follow. Keys that
+// the row doesn't see weigh exactly 0, whatever their score is.
 inline void update_row(const AttentionPrefillParams& p, const AttentionBlock& b, std::int64_t row,
-                       std::int64_t first, std::int64_t position) {
+                       std::uint32_t seen) {
   float* weights = b.weights + row * kTileKeys;
-  const std::int64_t low =
-      p.window > 0 && position - p.window + 1 > first ? position - p.window + 1 - first : 0;
-  const std::int64_t high = position - first + 1 < kTileKeys ? position - first + 1 : kTileKeys;
+  if (seen == 0) {
+    for (int i = 0; i < kTileKeys; ++i) weights[i] = 0.0f;
+    return;
+  }
   if (p.softcap > 0) {
     for (int i = 0; i < kTileKeys; i += kLanes) {
       store(weights + i, mul(set1(p.softcap), tanh(div(load(weights + i), set1(p.softcap)))));
     }
   }
-  if (low >= high) {  // none of these keys is seen
-    for (int i = 0; i < kTileKeys; ++i) weights[i] = 0.0f;
-    return;
+  if (seen != ~std::uint32_t{0}) {
+    for (int i = 0; i < kTileKeys; ++i)
+      weights[i] = (seen >> i & 1u) != 0 ? weights[i] : -__builtin_inff();
   }
-  const float minus_infinity = -__builtin_inff();
-  for (std::int64_t i = 0; i < low; ++i) weights[i] = minus_infinity;
-  for (std::int64_t i = high; i < kTileKeys; ++i) weights[i] = minus_infinity;
   F32 largest = load(weights);
   for (int i = kLanes; i < kTileKeys; i += kLanes) largest = max(largest, load(weights + i));
   float maximum = reduce_max(largest);
@@ -195,19 +217,23 @@ inline void update_row(const AttentionPrefillParams& p, const AttentionBlock& b,
   b.sums[row] += reduce_add(sums);
 }
 
-// Query tokens [token_begin, token_end) of one sequence (rows of q), heads [head_begin, head_end)
-// of one KV head's group; the first token stands at first_position.
-template <class T>
-void attend(const AttentionPrefillParams& p, const std::int32_t* page_table,
-            std::int64_t token_begin, std::int64_t token_end, std::int64_t head_begin,
-            std::int64_t head_end, std::int64_t first_position, const AttentionBlock& b) {
-  const std::int64_t num_heads = head_end - head_begin, dim = p.head_dim;
-  const std::int64_t num_rows = (token_end - token_begin) * num_heads;
-  const std::int64_t kv_head = head_begin / (p.num_q_heads / p.num_kv_heads);
-  const std::int64_t last_position = first_position + (token_end - token_begin) - 1;
-  for (std::int64_t row = 0; row < num_rows; ++row) {
-    const float* q =
-        p.q + (token_begin + row / num_heads) * p.q_stride + (head_begin + row % num_heads) * dim;
+// Bits [low, high) of a tile; both may lie outside it.
+inline std::uint32_t key_bits(std::int64_t low, std::int64_t high) {
+  if (low < 0) low = 0;
+  if (high > kTileKeys) high = kTileKeys;
+  return low < high ? ~std::uint32_t{0} >> (kTileKeys - (high - low)) << low : 0;
+}
+
+inline std::int64_t kv_head_of(const AttentionPrefillParams& p, const QueryRows& rows) {
+  return rows.head_begin / (p.num_q_heads / p.num_kv_heads);
+}
+
+inline void begin_rows(const AttentionPrefillParams& p, const QueryRows& rows,
+                       const AttentionBlock& b) {
+  const std::int64_t dim = p.head_dim;
+  for (std::int64_t row = 0; row < rows.count(); ++row) {
+    const float* q = p.q + (rows.token_begin + row / rows.num_heads) * p.q_stride +
+                     (rows.head_begin + row % rows.num_heads) * dim;
     for (std::int64_t i = 0; i < dim; ++i) {
       b.q[row * dim + i] = q[i] * p.scale;
       b.out[row * dim + i] = 0.0f;
@@ -215,42 +241,118 @@ void attend(const AttentionPrefillParams& p, const std::int32_t* page_table,
     b.maxima[row] = -__builtin_inff();
     b.sums[row] = 0.0f;
   }
-  const std::int64_t first_seen =
-      p.window > 0 && first_position >= p.window ? first_position - p.window + 1 : 0;
-  for (std::int64_t first = first_seen / kTileKeys * kTileKeys; first <= last_position;
-       first += kTileKeys) {
-    const std::int64_t count =
-        last_position - first + 1 < kTileKeys ? last_position - first + 1 : kTileKeys;
-    load_tile<T>(p, page_table, kv_head, first, count, b);
-    const std::int64_t num_cols = (count + kRegCols - 1) / kRegCols * kRegCols;
-    multiply<false>(num_rows, b.q, dim, b.k_tile, kTileKeys, dim, num_cols, b.weights, kTileKeys);
-    for (std::int64_t row = 0; row < num_rows; ++row)
-      update_row(p, b, row, first, first_position + row / num_heads);
-    multiply<true>(num_rows, b.weights, kTileKeys, b.v_tile, dim, count, dim, b.out, dim);
+}
+
+// The tile of keys [first, first + count) -> weights of all rows, by b.seen.
+template <class T>
+void weigh_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
+                const QueryRows& rows, std::int64_t first, std::int64_t count,
+                const AttentionBlock& b) {
+  load_tile<T>(p, page_table, kv_head_of(p, rows), first, count, b);
+  const std::int64_t num_cols = (count + kMinCols - 1) / kMinCols * kMinCols;
+  multiply<false>(rows.count(), b.q, p.head_dim, b.k_tile, kTileKeys, p.head_dim, num_cols,
+                  b.weights, kTileKeys);
+  for (std::int64_t token = 0, row = 0; token < rows.num_tokens; ++token) {
+    for (std::int64_t head = 0; head < rows.num_heads; ++head, ++row)
+      update_row(p, b, row, b.seen[token]);
   }
-  for (std::int64_t row = 0; row < num_rows; ++row) {
-    float* out = p.out + (token_begin + row / num_heads) * p.out_stride +
-                 (head_begin + row % num_heads) * dim;
+}
+
+// Keys 0 .. num_keys - 1, at these positions: what b.positions lets each token see of them.
+template <class T>
+void add_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
+              const QueryRows& rows, std::int64_t num_keys, const AttentionBlock& b) {
+  std::int64_t earliest = b.positions[0];
+  for (std::int64_t token = 1; token < rows.num_tokens; ++token)
+    earliest = b.positions[token] < earliest ? b.positions[token] : earliest;
+  const std::int64_t first_seen =
+      p.window > 0 && earliest >= p.window ? earliest - p.window + 1 : 0;
+  for (std::int64_t first = first_seen / kTileKeys * kTileKeys; first < num_keys;
+       first += kTileKeys) {
+    const std::int64_t count = num_keys - first < kTileKeys ? num_keys - first : kTileKeys;
+    for (std::int64_t token = 0; token < rows.num_tokens; ++token) {
+      const std::int64_t end = b.positions[token] + 1;
+      b.seen[token] = key_bits(p.window > 0 ? end - p.window - first : 0,
+                               (end < num_keys ? end : num_keys) - first);
+    }
+    weigh_tile<T>(p, page_table, rows, first, count, b);
+    multiply<true>(rows.count(), b.weights, kTileKeys, b.v_tile, p.head_dim, count, p.head_dim,
+                   b.out, p.head_dim);
+  }
+}
+
+inline void finish_rows(const AttentionPrefillParams& p, const QueryRows& rows,
+                        const AttentionBlock& b) {
+  const std::int64_t dim = p.head_dim;
+  for (std::int64_t row = 0; row < rows.count(); ++row) {
+    float* out = p.out + (rows.token_begin + row / rows.num_heads) * p.out_stride +
+                 (rows.head_begin + row % rows.num_heads) * dim;
     const F32 sum = set1(b.sums[row]);
     for (std::int64_t i = 0; i < dim; i += kLanes)
       store(out + i, div(load(b.out + row * dim + i), sum));
   }
 }
 
-inline void attend_any(const AttentionPrefillParams& p, const std::int32_t* page_table,
-                       std::int64_t token_begin, std::int64_t token_end, std::int64_t head_begin,
-                       std::int64_t head_end, std::int64_t first_position,
-                       const AttentionBlock& b) {
-  switch (p.kv_dtype) {
+// Calls fn(s, end, rows, b) for blocks of the query rows of each sequence s, whose last row is end
+// -
+// 1. A work item is (sequence, block of tokens, KV head), its query heads cut in parts where they
+// are more than a block holds or where there are fewer items than threads. Threads take items as
+// they become free, last tokens first, since those see most keys. Each thread has a block of its
+// own in the caller's scratch memory.
+template <class Fn>
+void for_each_block(const AttentionPrefillParams& p, const Fn& fn) {
+  const std::int64_t group = p.num_q_heads / p.num_kv_heads;
+  const auto row_of = [&](std::int64_t s) {
+    return p.query_starts == nullptr ? s : std::int64_t{p.query_starts[s]};
+  };
+  const int threads = num_threads();
+  std::int64_t parts = (group + kMaxRows - 1) / kMaxRows, num_heads, num_tokens, num_items;
+  const auto blocks_of = [&](std::int64_t s) {
+    return (row_of(s + 1) - row_of(s) + num_tokens - 1) / num_tokens;
+  };
+  for (;; ++parts) {
+    num_heads = (group + parts - 1) / parts;
+    num_tokens = kMaxRows / num_heads;
+    num_items = 0;
+    for (std::int64_t s = 0; s < p.num_seqs; ++s) num_items += blocks_of(s);
+    num_items *= p.num_kv_heads * parts;
+    if (parts >= group || num_items >= threads) break;
+  }
+  const std::int64_t block_floats = AttentionBlock::floats(p.head_dim);
+  auto* memory = static_cast<float*>(scratch(threads * block_floats * 4));
+  int next_block = 0;
+  std::int64_t next = 0;
+  parallel_for(threads, 1, [&](std::int64_t, std::int64_t) {
+    const int idx = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED);
+    const AttentionBlock b(memory + idx * block_floats, p.head_dim);
+    for (;;) {
+      const std::int64_t item = num_items - 1 - __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item < 0) return;
+      const std::int64_t head = item % (p.num_kv_heads * parts);
+      std::int64_t block = item / (p.num_kv_heads * parts), s = 0;
+      for (; block >= blocks_of(s); ++s) block -= blocks_of(s);
+      const std::int64_t begin = row_of(s) + block * num_tokens, end = row_of(s + 1);
+      const std::int64_t head_begin = head / parts * group + head % parts * num_heads,
+                         group_end = (head / parts + 1) * group;
+      if (head_begin >= group_end) continue;
+      fn(s, end,
+         QueryRows{begin, begin + num_tokens < end ? num_tokens : end - begin, head_begin,
+                   head_begin + num_heads < group_end ? num_heads : group_end - head_begin},
+         b);
+    }
+  });
+}
+
+// Calls fn<T>() with the type of the pages.
+template <class Fn>
+inline void dispatch_pages(DType dtype, Fn&& fn) {
+  switch (dtype) {
     case DType::f16:
-      return attend<Half>(p, page_table, token_begin, token_end, head_begin, head_end,
-                          first_position, b);
+      return fn.template operator()<Half>();
     case DType::bf16:
-      return attend<BFloat>(p, page_table, token_begin, token_end, head_begin, head_end,
-                            first_position, b);
+      return fn.template operator()<BFloat>();
     default:
-      return attend<float>(p, page_table, token_begin, token_end, head_begin, head_end,
-                           first_position, b);
+      return fn.template operator()<float>();
   }
 }
 

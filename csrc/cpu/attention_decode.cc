@@ -1,41 +1,73 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one query token per sequence; the arithmetic is in attention.h, the same as
-// prefill's. Mapping: a work item is (sequence, KV head), its query heads cut in parts where there
-// are fewer items than threads.
+// Attention of one query token per sequence, or of the live beams of a search; mapping and
+// arithmetic are in attention.h, the same as prefill's. A tile of slots is a word of `visible`.
+// Cost: the beams of a search read its prompt once for every kMaxRows of their query rows. A tile's
+// values meet runs of tokens that see the same slots, and those slots only: what a slot holds that
+// a row doesn't see, NaN included, never reaches the row.
 #include "ops/attention_decode.h"
 
-#include "core/parallel.h"
 #include "cpu/attention.h"
 
 namespace fullbeam::cpu::FULLBEAM_ISA {
+namespace {
+
+// Slots of the tile that one token sees.
+std::uint32_t seen_slots(const AttentionDecodeParams& p, std::int64_t s, std::int64_t token,
+                         std::int64_t word, std::int64_t count) {
+  std::uint32_t seen = p.visible[token * p.num_words + word] & key_bits(0, count);
+  if (p.window > 0) {
+    const std::int32_t* positions = p.slot_positions + (s * p.num_words + word) * kTileKeys;
+    for (std::int64_t j = 0; j < count; ++j) {
+      if (positions[j] <= p.positions[token] - p.window) seen &= ~(1u << j);
+    }
+  }
+  return seen;
+}
+
+template <class T>
+void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& rows,
+               const AttentionBlock& b) {
+  const std::int64_t dim = p.head_dim;
+  for (std::int64_t first = 0; first < p.num_slots[s]; first += kTileKeys) {
+    const std::int64_t left = p.num_slots[s] - first;
+    const std::int64_t count = left < kTileKeys ? left : kTileKeys;
+    std::uint32_t any = 0;
+    for (std::int64_t token = 0; token < rows.num_tokens; ++token) {
+      b.seen[token] = seen_slots(p, s, rows.token_begin + token, first / kTileKeys, count);
+      any |= b.seen[token];
+    }
+    if (any == 0) continue;
+    weigh_tile<T>(p, p.page_table + s * p.max_pages, rows, p.slot_starts[s] + first, count, b);
+    for (std::int64_t token = 0, next; token < rows.num_tokens; token = next) {
+      const std::uint32_t seen = b.seen[token];
+      for (next = token + 1; next < rows.num_tokens && b.seen[next] == seen;) ++next;
+      const std::int64_t row = token * rows.num_heads;
+      for (std::int64_t slot = 0, end; slot < count; slot = end) {
+        const bool is_seen = (seen >> slot & 1u) != 0;
+        for (end = slot + 1; end < count && ((seen >> end & 1u) != 0) == is_seen;) ++end;
+        if (!is_seen) continue;
+        multiply<true>((next - token) * rows.num_heads, b.weights + row * kTileKeys + slot,
+                       kTileKeys, b.v_tile + slot * dim, dim, end - slot, dim, b.out + row * dim,
+                       dim);
+      }
+    }
+  }
+}
+
+}  // namespace
 
 void attention_decode(const AttentionDecodeParams& p) {
-  const std::int64_t group = p.num_q_heads / p.num_kv_heads;
-  const int threads = num_threads();
-  std::int64_t parts = (group + kMaxRows - 1) / kMaxRows;
-  while (parts < group && p.num_seqs * p.num_kv_heads * parts < threads) ++parts;
-  const std::int64_t heads_per_part = (group + parts - 1) / parts;
-  const std::int64_t block_floats = AttentionBlock::floats(p.head_dim);
-  auto* memory = static_cast<float*>(scratch(threads * block_floats * 4));
-  int next_block = 0;
-  std::int64_t next = 0;
-  const std::int64_t num_items = p.num_seqs * p.num_kv_heads * parts;
-  parallel_for(threads, 1, [&](std::int64_t, std::int64_t) {
-    const int idx = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED);
-    const AttentionBlock b(memory + idx * block_floats, p.head_dim);
-    for (;;) {
-      const std::int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= num_items) return;
-      const std::int64_t s = item / (p.num_kv_heads * parts),
-                         kv_head = item / parts % p.num_kv_heads;
-      const std::int64_t head_begin = kv_head * group + item % parts * heads_per_part;
-      const std::int64_t group_end = (kv_head + 1) * group;
-      const std::int64_t head_end =
-          head_begin + heads_per_part < group_end ? head_begin + heads_per_part : group_end;
-      if (head_begin >= head_end) continue;
-      attend_any(p, p.page_table + s * p.max_pages, s, s + 1, head_begin, head_end,
-                 p.seq_lens[s] - 1, b);
-    }
+  for_each_block(p, [&](std::int64_t s, std::int64_t, const QueryRows& rows,
+                        const AttentionBlock& b) {
+    const bool has_slots = p.num_words > 0 && p.num_slots[s] > 0;
+    for (std::int64_t token = 0; token < rows.num_tokens; ++token)
+      b.positions[token] = has_slots ? p.positions[rows.token_begin + token] : p.seq_lens[s] - 1;
+    begin_rows(p, rows, b);
+    dispatch_pages(p.kv_dtype, [&]<class T>() {
+      add_keys<T>(p, p.page_table + s * p.max_pages, rows, p.seq_lens[s], b);
+      if (has_slots) add_slots<T>(p, s, rows, b);
+    });
+    finish_rows(p, rows, b);
   });
 }
 

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ops on rows of logits share: block maxima, softmax weights, and selection without
-// sorting the vocabulary. Selection takes two steps. The k-th largest of the block maxima is a
-// lower bound of the k-th largest logit, so only the blocks that reach it are read again; among the
-// few hundred candidates that gives, histograms find the exact edge. Everything is in an anonymous
-// namespace, see cpu/vec.h.
+// What the ops on rows of logits share: a thread's memory, block maxima, softmax weights, lists of
+// tokens. Everything is in an anonymous namespace, see cpu/vec.h.
 #pragma once
 #include "core/parallel.h"
 #include "cpu/vec.h"
@@ -13,52 +10,63 @@ namespace {
 
 constexpr std::int64_t kBlock = 128;  // tokens that share a maximum and a partial sum
 constexpr std::int64_t kBins = 2048;
-constexpr std::int64_t kExactWeights = 2048;  // lists up to this long are weighed in float64
+constexpr std::int64_t kSample = 4096;  // what stands for a long list
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f;
 
 // Some tokens of a row, in order of id.
 struct TokenList {
-  float* values;
-  std::int32_t* ids;
-  double* weights;  // e^((value - max) / temperature)
+  const float* values;
+  const std::int32_t* ids;  // null: all tokens, from 0 on
   std::int64_t size;
 };
 
 // The calling thread's memory for one row at a time.
 struct RowMemory {
-  float* block_max;    // [num_blocks]
-  double* block_sums;  // [num_blocks]
-  float* finite_row;   // [vocab_size], for rows with +infinity
-  TokenList list;      // room for vocab_size
-  float* edge_values;  // [vocab_size]
-  double* edge_weights;
-  double* mass;          // [kBins]
-  std::int32_t* counts;  // [kBins]
+  float* edited_row;       // [vocab_size], the caller's with its edits
+  float* finite_row;       // [vocab_size], for rows with +infinity
+  float* block_max;        // [num_blocks], of the caller's row
+  float* edited_max;       // [num_blocks], of the edited one
+  double* block_sums;      // [num_blocks]
+  float* values;           // [vocab_size], of a list
+  std::int32_t* ids;       // [vocab_size], of a list
+  double* weights;         // [vocab_size], of a list: e^((value - max) / temperature)
+  std::int32_t* places;    // [vocab_size]
+  float* edge_values;      // [vocab_size]
+  double* edge_weights;    // [vocab_size]
+  float* sample_values;    // [kSample]
+  double* sample_weights;  // [kSample]
+  double* mass;            // [kBins]
+  std::int32_t* counts;    // [kBins]
 };
 
 inline std::int64_t num_blocks_of(std::int64_t size) { return (size + kBlock - 1) / kBlock; }
 
 inline RowMemory row_memory(std::int64_t vocab_size) {
   const std::int64_t size = num_blocks_of(vocab_size) * kBlock, num_blocks = size / kBlock;
-  auto* memory = static_cast<char*>(scratch(size * 32 + num_blocks * 12 + kBins * 12));
+  auto* memory =
+      static_cast<char*>(scratch(size * 40 + num_blocks * 16 + kSample * 12 + kBins * 12));
   const auto take = [&memory](std::int64_t bytes) {
     char* taken = memory;
     memory += bytes;
     return static_cast<void*>(taken);
   };
   RowMemory m;
-  m.list.weights = static_cast<double*>(take(size * 8));
+  m.edited_row = static_cast<float*>(take(size * 4));
+  m.finite_row = static_cast<float*>(take(size * 4));
+  m.weights = static_cast<double*>(take(size * 8));
   m.edge_weights = static_cast<double*>(take(size * 8));
   m.block_sums = static_cast<double*>(take(num_blocks * 8));
+  m.sample_weights = static_cast<double*>(take(kSample * 8));
   m.mass = static_cast<double*>(take(kBins * 8));
-  m.list.values = static_cast<float*>(take(size * 4));
-  m.list.ids = static_cast<std::int32_t*>(take(size * 4));
-  m.finite_row = static_cast<float*>(take(size * 4));
+  m.values = static_cast<float*>(take(size * 4));
+  m.ids = static_cast<std::int32_t*>(take(size * 4));
+  m.places = static_cast<std::int32_t*>(take(size * 4));
   m.edge_values = static_cast<float*>(take(size * 4));
+  m.sample_values = static_cast<float*>(take(kSample * 4));
   m.block_max = static_cast<float*>(take(num_blocks * 4));
+  m.edited_max = static_cast<float*>(take(num_blocks * 4));
   m.counts = static_cast<std::int32_t*>(take(kBins * 4));
-  m.list.size = 0;
   return m;
 }
 
@@ -73,8 +81,10 @@ inline const float* block_at(const float* row, std::int64_t size, std::int64_t b
   return padded;
 }
 
-// The maximum of the row and of its blocks; NaN if the row has one.
-inline float scan_row(const float* row, std::int64_t size, float* block_max) {
+// The maximum of the row and of its blocks; NaN if the row has one. `copy`, where not null, becomes
+// a copy of the row (with room for whole blocks).
+inline float scan_row(const float* row, std::int64_t size, float* block_max,
+                      float* copy = nullptr) {
   constexpr int kChains =
       4;  // independent maxima and sums, or the latency of max and add would be the pace
   float padded[kBlock], best = -kInfinity;
@@ -82,6 +92,7 @@ inline float scan_row(const float* row, std::int64_t size, float* block_max) {
   for (F32& sum : sums) sum = set1(0.0f);
   for (std::int64_t block = 0; block < num_blocks_of(size); ++block) {
     const float* x = block_at(row, size, block, padded);
+    if (copy != nullptr) __builtin_memcpy(copy + block * kBlock, x, kBlock * sizeof(float));
     F32 largest[kChains];
     for (int c = 0; c < kChains; ++c) largest[c] = load(x + c * kLanes);
     for (std::int64_t i = 0; i < kBlock; i += kChains * kLanes) {
@@ -107,6 +118,26 @@ inline float scan_row(const float* row, std::int64_t size, float* block_max) {
 inline const float* finite_row(const float* row, std::int64_t size, float* out) {
   for (std::int64_t i = 0; i < size; ++i) out[i] = row[i] == kInfinity ? 0.0f : -kInfinity;
   return out;
+}
+
+// A row in numbers that are finite or -infinity.
+struct ScannedRow {
+  const float* values;  // [size]
+  std::int64_t size;
+  const float* block_max;  // [num_blocks]
+  float top;               // NaN or -infinity where the row has no distribution, else finite
+  bool had_infinity;       // shared all the mass equally; `values` says so in finite numbers
+
+  bool has_distribution() const { return top > -kInfinity; }
+};
+
+// `finite` (may be `row`) is written where the row has +infinity; `copy` as in scan_row.
+inline ScannedRow scan(const float* row, std::int64_t size, float* block_max, float* finite,
+                       float* copy = nullptr) {
+  const float top = scan_row(row, size, block_max, copy);
+  if (top != kInfinity) return {row, size, block_max, top, false};
+  finite_row(row, size, finite);
+  return {finite, size, block_max, scan_row(finite, size, block_max), true};
 }
 
 // 2^y for y <= 0 within 3 ulp; 0 below -126, and for NaN. Half the steps of vec.h's exp.
@@ -161,115 +192,41 @@ inline double row_weight(const float* row, std::int64_t size, float top, float r
   return total;
 }
 
-// The tokens at or above `bound`.
-inline void gather(const float* row, std::int64_t size, const float* block_max, float bound,
-                   TokenList& list) {
-  std::int64_t count = 0;
-  for (std::int64_t block = 0; block < num_blocks_of(size); ++block) {
-    if (!(block_max[block] >= bound)) continue;
-    const std::int64_t begin = block * kBlock;
-    const std::int64_t end = begin + kBlock < size ? begin + kBlock : size;
-    for (std::int64_t i = begin; i < end; ++i) {
-      list.values[count] = row[i];
-      list.ids[count] = static_cast<std::int32_t>(i);
-      count += row[i] >= bound ? 1 : 0;
-    }
+// Appends to `places`, which has room for whole registers, the places in [begin, end) with a value
+// in [low, high], and returns their new number. `found`, where not null, becomes their values.
+inline std::int64_t append_places(const float* values, std::int64_t begin, std::int64_t end,
+                                  float low, float high, std::int32_t* places, std::int64_t count,
+                                  float* found = nullptr) {
+  std::int64_t i = begin;
+#if defined(FULLBEAM_ISA_avx512)
+  constexpr std::int32_t kSteps[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __m512i steps = _mm512_loadu_si512(kSteps);
+  for (; i + kLanes <= end; i += kLanes) {
+    const F32 x = load(values + i);
+    const __mmask16 is_in = _mm512_cmp_ps_mask(x, set1(low), _CMP_GE_OQ) &
+                            _mm512_cmp_ps_mask(x, set1(high), _CMP_LE_OQ);
+    const __m512i ids = _mm512_add_epi32(steps, _mm512_set1_epi32(static_cast<int>(i)));
+    _mm512_storeu_si512(places + count, _mm512_maskz_compress_epi32(is_in, ids));
+    if (found != nullptr) store(found + count, _mm512_maskz_compress_ps(is_in, x));
+    count += __builtin_popcount(is_in);
   }
-  list.size = count;
+#endif
+  for (; i < end; ++i) {
+    places[count] = static_cast<std::int32_t>(i);
+    if (found != nullptr) found[count] = values[i];
+    count += values[i] >= low && values[i] <= high ? 1 : 0;
+  }
+  return count;
+}
+
+inline double row_weight(const ScannedRow& row, float rate, double* block_sums) {
+  return row_weight(row.values, row.size, row.top, rate, block_sums);
 }
 
 // Larger floats have smaller keys; both zeros have the same.
 inline std::uint32_t descending_key(float value) {
   const std::uint32_t bits = float_to_bits(value + 0.0f);
   return (bits & 0x80000000u) != 0 ? bits : ~bits & 0x7fffffffu;
-}
-
-// The end of a prefix of tokens in order of value (larger first, ties by lower id): it holds what
-// is above `value` and the first `num_ties` of those equal to it.
-struct Edge {
-  float value;
-  std::int64_t num_ties;
-};
-
-// The first bin at which the sum of masses, from `reached` on, is at least `target`, or else the
-// last one in use. `reached` becomes the sum before that bin.
-inline std::int64_t pick_bin(const RowMemory& m, double target, double* reached) {
-  std::int64_t picked = 0;
-  double sum = *reached;
-  for (std::int64_t bin = 0; bin < kBins; ++bin) {
-    if (m.counts[bin] == 0) continue;
-    picked = bin;
-    *reached = sum;
-    sum += m.mass[bin];
-    if (sum >= target) break;
-  }
-  return picked;
-}
-
-template <class BinOf>
-inline std::int64_t narrow(RowMemory& m, const float* values, const double* weights,
-                           std::int64_t size, double target, double* reached, BinOf bin_of) {
-  __builtin_memset(m.counts, 0, kBins * sizeof(std::int32_t));
-  __builtin_memset(m.mass, 0, kBins * sizeof(double));
-  for (std::int64_t i = 0; i < size; ++i) {
-    const std::int64_t bin = bin_of(values[i]);
-    ++m.counts[bin];
-    m.mass[bin] += weights == nullptr ? 1.0 : weights[i];
-  }
-  const std::int64_t picked = pick_bin(m, target, reached);
-  std::int64_t count = 0;
-  for (std::int64_t i = 0; i < size; ++i) {
-    const bool is_in = bin_of(values[i]) == picked;
-    m.edge_values[count] = values[i];
-    m.edge_weights[count] = weights == nullptr ? 1.0 : weights[i];
-    count += is_in ? 1 : 0;
-  }
-  return count;
-}
-
-// The edge of the smallest prefix of at least one token whose weights (null: 1 each) sum to
-// `target` or more. Equal values have equal weights. `top` is the largest value and finite; `scale`
-// spreads the values below it over the bins of the first histogram, and only the speed depends on
-// it.
-inline Edge find_edge(RowMemory& m, const float* values, const double* weights, std::int64_t size,
-                      double target, float top, float scale) {
-  double reached = 0.0;
-  std::int64_t count = narrow(m, values, weights, size, target, &reached, [=](float value) {
-    const float place = (top - value) * scale;
-    return place < static_cast<float>(kBins - 1) ? static_cast<std::int64_t>(place) : kBins - 1;
-  });
-  constexpr int kShifts[] = {21, 10, 0};
-  for (const int shift : kShifts) {
-    count = narrow(m, m.edge_values, m.edge_weights, count, target, &reached, [=](float value) {
-      const std::uint32_t digits = descending_key(value) >> shift;
-      return static_cast<std::int64_t>(digits & (shift == 0 ? 1023u : 2047u));
-    });
-  }
-  std::int64_t num_ties = 1;
-  const double weight = m.edge_weights[0];
-  while (num_ties < count && reached + static_cast<double>(num_ties) * weight < target) ++num_ties;
-  return {m.edge_values[0], num_ties};
-}
-
-// A bound that at least `count` tokens reach: the count-th largest block maximum.
-inline float lower_bound_of(RowMemory& m, std::int64_t num_blocks, std::int64_t count, float top) {
-  if (count > num_blocks) return -kInfinity;
-  return find_edge(m, m.block_max, nullptr, num_blocks, static_cast<double>(count), top, 64.0f)
-      .value;
-}
-
-inline void keep(TokenList& list, Edge edge) {
-  std::int64_t count = 0, num_ties = 0;
-  for (std::int64_t i = 0; i < list.size; ++i) {
-    const bool is_tie = list.values[i] == edge.value;
-    const bool is_kept = list.values[i] > edge.value || (is_tie && num_ties < edge.num_ties);
-    num_ties += is_tie ? 1 : 0;
-    list.values[count] = list.values[i];
-    list.ids[count] = list.ids[i];
-    list.weights[count] = list.weights[i];
-    count += is_kept ? 1 : 0;
-  }
-  list.size = count;
 }
 
 }  // namespace

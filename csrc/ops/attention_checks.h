@@ -58,33 +58,43 @@ inline void check_attention(Check& check, const Tensor& q, const Tensor& k_pages
   p.out_stride = out.strides[0];
 }
 
-// What the arrays hold, where this call reads it now (a recorded program reads it later, and trusts
-// its maker).
-inline void check_attention_data(const Check& check, const AttentionPrefillParams& p) {
-  std::int32_t first = 0;
-  for (std::int64_t s = 0; s < p.num_seqs; ++s) {
-    const std::int32_t next = p.query_starts == nullptr ? first + 1 : p.query_starts[s + 1];
-    if (p.query_starts != nullptr) {
-      check.require(p.query_starts[0] == 0 && next >= first && next <= p.num_tokens, "query_starts",
-                    "ascending from 0 to num_tokens=" + std::to_string(p.num_tokens),
-                    std::to_string(next) + " after " + std::to_string(first));
-    }
-    const std::int64_t len = p.seq_lens[s], room = p.max_pages * p.page_size;
-    check.require(len >= next - first && len <= room, "seq_lens",
-                  "at least the queries of its sequence and at most max_pages * page_size=" +
-                      std::to_string(room),
-                  std::to_string(len));
-    for (std::int64_t i = 0; i < (len + p.page_size - 1) / p.page_size; ++i) {
-      const std::int32_t page = p.page_table[s * p.max_pages + i];
-      check.require(page >= 0 && page < p.num_pages, "page_table",
-                    "in 0.." + std::to_string(p.num_pages - 1) + " for the pages in use",
-                    std::to_string(page));
-    }
-    first = next;
+// The checks below are of what the arrays hold, where this call reads it now (a recorded program
+// reads it later, and trusts its maker).
+
+inline void check_query_starts(const Check& check, const AttentionPrefillParams& p) {
+  if (p.query_starts == nullptr) return;
+  std::int32_t last = 0;
+  for (std::int64_t s = 0; s <= p.num_seqs; ++s) {
+    const std::int32_t start = p.query_starts[s];
+    check.require((s > 0 || start == 0) && start >= last && start <= p.num_tokens, "query_starts",
+                  "ascending from 0 to num_tokens=" + std::to_string(p.num_tokens),
+                  std::to_string(start) + " after " + std::to_string(last));
+    last = start;
   }
-  check.require(first == p.num_tokens, "query_starts",
-                "num_tokens=" + std::to_string(p.num_tokens) + " at its end",
-                std::to_string(first));
+  check.require(last == p.num_tokens, "query_starts",
+                "num_tokens=" + std::to_string(p.num_tokens) + " at its end", std::to_string(last));
+}
+
+// The pages of keys [begin, end) of sequence s.
+inline void check_pages(const Check& check, const AttentionPrefillParams& p, std::int64_t s,
+                        std::int64_t begin, std::int64_t end) {
+  for (std::int64_t i = begin / p.page_size; i * p.page_size < end; ++i) {
+    const std::int32_t page = p.page_table[s * p.max_pages + i];
+    check.require(page >= 0 && page < p.num_pages, "page_table",
+                  "in 0.." + std::to_string(p.num_pages - 1) + " for the pages in use",
+                  std::to_string(page));
+  }
+}
+
+// The length of sequence s, whose keys hold those of its queries where `least` says how many.
+inline void check_seq_len(const Check& check, const AttentionPrefillParams& p, std::int64_t s,
+                          std::int64_t least) {
+  const std::int64_t len = p.seq_lens[s], room = p.max_pages * p.page_size;
+  check.require(len >= least && len <= room, "seq_lens",
+                "at least the queries of its sequence and at most max_pages * page_size=" +
+                    std::to_string(room),
+                std::to_string(len));
+  check_pages(check, p, s, 0, len);
 }
 
 }  // namespace fullbeam::ops

@@ -14,7 +14,11 @@ void attention_prefill(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   check_attention(check, q, k_pages, v_pages, page_table, seq_lens, out, scale, window, softcap, p);
   check.tensor("query_starts", query_starts, {p.num_seqs + 1}, {DType::i32});
   p.query_starts = static_cast<const std::int32_t*>(query_starts.data);
-  if (q.device == Device::cpu && Program::recording() == nullptr) check_attention_data(check, p);
+  if (q.device == Device::cpu && Program::recording() == nullptr) {
+    check_query_starts(check, p);
+    for (std::int64_t s = 0; s < p.num_seqs; ++s)
+      check_seq_len(check, p, s, p.query_starts[s + 1] - p.query_starts[s]);
+  }
   FULLBEAM_DISPATCH_CPU(attention_prefill, q.device, p);
 }
 

@@ -37,13 +37,34 @@ void attention_prefill(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
                        const Tensor& page_table, const Tensor& seq_lens, const Tensor& query_starts,
                        const Tensor& out, float scale, std::int64_t window, float softcap);
 void attention_decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
-                      const Tensor& page_table, const Tensor& seq_lens, const Tensor& out,
-                      float scale, std::int64_t window, float softcap);
+                      const Tensor& page_table, const Tensor& seq_lens,
+                      const MaybeTensor& query_starts, const MaybeTensor& slot_starts,
+                      const MaybeTensor& num_slots, const MaybeTensor& visible,
+                      const MaybeTensor& slot_positions, const MaybeTensor& positions,
+                      const Tensor& out, float scale, std::int64_t window, float softcap);
 void gated_activation(const Tensor& x, const Tensor& out, const std::string& activation);
 void logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& out_logprobs,
               const Tensor& out_ranks, const Tensor& out_top_ids, const Tensor& out_top_logprobs);
 void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
             const Tensor& top_p, const Tensor& min_p, const Tensor& seeds, const Tensor& counters,
-            const Tensor& out_token_ids);
+            const MaybeTensor& allowed, const MaybeTensor& allowed_idx,
+            const MaybeTensor& bias_starts, const MaybeTensor& bias_ids,
+            const MaybeTensor& bias_values, const MaybeTensor& history_starts,
+            const MaybeTensor& history_ids, const MaybeTensor& history_counts,
+            const MaybeTensor& repetition_penalty, const MaybeTensor& frequency_penalty,
+            const MaybeTensor& presence_penalty, const MaybeTensor& num_top,
+            const Tensor& out_token_ids, const MaybeTensor& out_logprobs,
+            const MaybeTensor& out_ranks, const MaybeTensor& out_top_ids,
+            const MaybeTensor& out_top_logprobs, const MaybeTensor& out_log_sums);
+void beam_step(const Tensor& logits, const Tensor& beam_rows, const Tensor& sums,
+               const Tensor& group_starts, const Tensor& request_starts, const Tensor& beam_sizes,
+               const Tensor& diversity_strengths, const MaybeTensor& allowed,
+               const MaybeTensor& allowed_idx, const MaybeTensor& terminators,
+               const MaybeTensor& terminator_idx, const MaybeTensor& bias_starts,
+               const MaybeTensor& bias_ids, const MaybeTensor& bias_values,
+               const Tensor& out_parents, const Tensor& out_token_ids, const Tensor& out_logprobs,
+               const Tensor& out_sums, const Tensor& out_finished_parents,
+               const Tensor& out_finished_token_ids, const Tensor& out_finished_logprobs,
+               const Tensor& out_finished_sums);
 
 }  // namespace fullbeam::ops

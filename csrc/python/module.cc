@@ -99,7 +99,10 @@ PYBIND11_MODULE(_core, m) {
         py::arg("v_pages"), py::arg("page_table"), py::arg("seq_lens"), py::arg("query_starts"),
         py::arg("out"), py::arg("scale"), py::arg("window"), py::arg("softcap"));
   m.def("attention_decode", &ops::attention_decode, Release(), py::arg("q"), py::arg("k_pages"),
-        py::arg("v_pages"), py::arg("page_table"), py::arg("seq_lens"), py::arg("out"),
+        py::arg("v_pages"), py::arg("page_table"), py::arg("seq_lens"),
+        py::arg("query_starts").none(true), py::arg("slot_starts").none(true),
+        py::arg("num_slots").none(true), py::arg("visible").none(true),
+        py::arg("slot_positions").none(true), py::arg("positions").none(true), py::arg("out"),
         py::arg("scale"), py::arg("window"), py::arg("softcap"));
   m.def("gated_activation", &ops::gated_activation, Release(), py::arg("x"), py::arg("out"),
         py::arg("activation"));
@@ -108,7 +111,24 @@ PYBIND11_MODULE(_core, m) {
         py::arg("out_top_logprobs"));
   m.def("sample", &ops::sample, Release(), py::arg("logits"), py::arg("temperature"),
         py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seeds"), py::arg("counters"),
-        py::arg("out_token_ids"));
+        py::arg("allowed").none(true), py::arg("allowed_idx").none(true),
+        py::arg("bias_starts").none(true), py::arg("bias_ids").none(true),
+        py::arg("bias_values").none(true), py::arg("history_starts").none(true),
+        py::arg("history_ids").none(true), py::arg("history_counts").none(true),
+        py::arg("repetition_penalty").none(true), py::arg("frequency_penalty").none(true),
+        py::arg("presence_penalty").none(true), py::arg("num_top").none(true),
+        py::arg("out_token_ids"), py::arg("out_logprobs").none(true),
+        py::arg("out_ranks").none(true), py::arg("out_top_ids").none(true),
+        py::arg("out_top_logprobs").none(true), py::arg("out_log_sums").none(true));
+  m.def("beam_step", &ops::beam_step, Release(), py::arg("logits"), py::arg("beam_rows"),
+        py::arg("sums"), py::arg("group_starts"), py::arg("request_starts"), py::arg("beam_sizes"),
+        py::arg("diversity_strengths"), py::arg("allowed").none(true),
+        py::arg("allowed_idx").none(true), py::arg("terminators").none(true),
+        py::arg("terminator_idx").none(true), py::arg("bias_starts").none(true),
+        py::arg("bias_ids").none(true), py::arg("bias_values").none(true), py::arg("out_parents"),
+        py::arg("out_token_ids"), py::arg("out_logprobs"), py::arg("out_sums"),
+        py::arg("out_finished_parents"), py::arg("out_finished_token_ids"),
+        py::arg("out_finished_logprobs"), py::arg("out_finished_sums"));
 
   // Recording: between start_recording and stop_recording this thread's ops are checked and kept
   // instead of run.

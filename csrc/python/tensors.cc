@@ -39,6 +39,7 @@ constexpr int kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBFloat = 4;
 DType parse_dtype(int code, int bits) {
   if (code == kDlFloat && bits == 32) return DType::f32;
   if (code == kDlFloat && bits == 16) return DType::f16;
+  if (code == kDlFloat && bits == 64) return DType::f64;
   if (code == kDlBFloat && bits == 16) return DType::bf16;
   if (code == kDlInt && bits == 32) return DType::i32;
   if (code == kDlInt && bits == 64) return DType::i64;
@@ -46,8 +47,8 @@ DType parse_dtype(int code, int bits) {
   if (code == kDlUInt && bits == 64) return DType::u64;
   if (code == kDlUInt && bits == 8) return DType::u8;
   throw TypeError(
-      "array: dtype must be float32, float16, bfloat16, int32, int64, uint32, uint64 or uint8, got "
-      "DLPack code " +
+      "array: dtype must be float32, float16, bfloat16, float64, int32, int64, uint32, uint64 or "
+      "uint8, got DLPack code " +
       std::to_string(code) + " with " + std::to_string(bits) + " bits");
 }
 

@@ -9,7 +9,7 @@ float32, contiguous in their last dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +19,12 @@ from fullbeam._core import PackedWeight
 Array = Any
 
 __all__ = [
+    "BeamStep",
     "PackedWeight",
+    "Sample",
     "attention_decode",
     "attention_prefill",
+    "beam_step",
     "embedding",
     "gated_activation",
     "kv_write",
@@ -253,25 +256,64 @@ def attention_decode(
     page_table: Array,
     seq_lens: Array,
     *,
+    query_starts: Array | None = None,
+    slot_starts: Array | None = None,
+    num_slots: Array | None = None,
+    visible: Array | None = None,
+    slot_positions: Array | None = None,
+    positions: Array | None = None,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
     out: Array | None = None,
 ) -> Array:
-    """Attention of one query token per sequence, at its last position, over paged KV.
+    """Attention over paged KV of one query token per sequence, or of the live beams of a search.
+
+    A plain sequence has one query, at its last position. A search has several: all see its prompt
+    (and no more keys than that), and each the generated tokens on the way to it, which lie in
+    slots in any order and are marked by bits. A key is read once for all of them.
 
     Parameters
     ----------
-    q : float32 [num_seqs, num_q_heads, head_dim]
-        The rest as in `attention_prefill`.
+    q : float32 [num_rows, num_q_heads, head_dim]
+        What is not named here is as in `attention_prefill`.
+    page_table : int32 [num_seqs, max_pages]
+        Entries that hold neither keys nor slots in use are never read.
+    seq_lens : int32 [num_seqs]
+        Keys of each sequence, its query's included; of a search, its prompt's.
+    query_starts : int32 [num_seqs + 1]
+        Sequence i owns rows query_starts[i]:query_starts[i + 1] of ``q``. This and the five below
+        are given together, or none of them: then row i belongs to sequence i and none is a search.
+    slot_starts : int32 [num_seqs]
+        Slot j is key slot_starts[i] + j by the page table; a multiple of page_size, at least
+        seq_lens[i]. Not read where num_slots is 0.
+    num_slots : int32 [num_seqs], at most 32 * num_words
+        0 for a plain sequence.
+    visible : uint32 [num_rows, num_words]
+        Bit j of word w: the row sees slot 32 w + j (its own token's, for one). Bits of slots
+        beyond num_slots count for nothing.
+    slot_positions : int32 [num_seqs, 32 * num_words]
+        Position of the token in each slot, for ``window``.
+    positions : int32 [num_rows]
+        Position of each query of a search, at least seq_lens; not read elsewhere.
 
     Returns
     -------
-    float32 [num_seqs, num_q_heads, head_dim]
+    float32 [num_rows, num_q_heads, head_dim]
+        NaN for a row that sees no key.
+
+    Notes
+    -----
+    A row is the same bits whatever other rows and sequences are in the call, and whatever is in
+    slots that it doesn't see. Tokens in slots are added up in order of slots: the same tokens in
+    other slots, or in a plain sequence, give the same up to rounding.
     """
     if out is None:
         out = _new(q, tuple(q.shape))
-    _core.attention_decode(q, k_pages, v_pages, page_table, seq_lens, out, scale, window, softcap)
+    _core.attention_decode(
+        q, k_pages, v_pages, page_table, seq_lens, query_starts, slot_starts, num_slots, visible,
+        slot_positions, positions, out, scale, window, softcap,
+    )  # fmt: skip
     return out
 
 
@@ -322,6 +364,17 @@ def logprobs(
     return chosen, ranks, top_ids, top
 
 
+class Sample(NamedTuple):
+    """What `sample` draws; all but the tokens are None without ``num_top``."""
+
+    token_ids: Array  # int32 [num_rows]
+    logprobs: Array = None  # float32 [num_rows]
+    ranks: Array = None  # int32 [num_rows], 1 = best
+    top_ids: Array = None  # int32 [num_rows, max_top], best first, ties by lower id
+    top_logprobs: Array = None  # float32 [num_rows, max_top]
+    log_sums: Array = None  # float64 [num_rows, 2], of the logits as they are, and processed
+
+
 def sample(
     logits: Array,
     *,
@@ -331,9 +384,28 @@ def sample(
     min_p: Array,
     seeds: Array,
     counters: Array,
-    out: Array | None = None,
-) -> Array:
-    """Draw one token per row: temperature, min-p, top-k, top-p (of what top-k left), then the draw.
+    allowed: Array | None = None,
+    allowed_idx: Array | None = None,
+    bias_starts: Array | None = None,
+    bias_ids: Array | None = None,
+    bias_values: Array | None = None,
+    history_starts: Array | None = None,
+    history_ids: Array | None = None,
+    history_counts: Array | None = None,
+    repetition_penalty: Array | None = None,
+    frequency_penalty: Array | None = None,
+    presence_penalty: Array | None = None,
+    num_top: Array | None = None,
+    out: Sample | None = None,
+) -> Sample:
+    """Draw one token per row: edits, temperature, min-p, top-k, top-p, then the draw.
+
+    The edits of a row x, in float32 and in this order; ``logits`` are never written::
+
+        x[~allowed] = -inf
+        x[bias_ids] += bias_values
+        x[history_ids] = where(x > 0, x / repetition_penalty, x * repetition_penalty)
+        x[history_ids] -= counts * frequency_penalty + (counts > 0) * presence_penalty
 
     Parameters
     ----------
@@ -343,19 +415,146 @@ def sample(
     top_k : int32 [num_rows]
         0 or less is off.
     top_p : float32 [num_rows] in [0, 1]
-        1 is off, 0 the best token only.
+        Mass of what top-k left; 1 is off, 0 the best token only.
     min_p : float32 [num_rows] in [0, 1]
         Least probability relative to the best token's; 0 is off.
     seeds : uint64 [num_rows]
     counters : uint32 [num_rows, 3]
         Prompt index, choice index, position: with the seed, all that the draw depends on.
+    allowed : uint32 [num_masks, ceil(vocab_size / 32)]
+        Bit i of word w is token 32 w + i.
+    allowed_idx : int32 [num_rows]
+        Mask of each row, -1 for none.
+    bias_starts : int32 [num_rows + 1]
+        Row r has the entries bias_starts[r]:bias_starts[r + 1].
+    bias_ids, bias_values : int32, float32 [num_biases]
+        -inf bans the token.
+    history_starts : int32 [num_rows + 1]
+    history_ids, history_counts : int32 [num_histories]
+        Distinct tokens of the prompt and what followed; how often each was generated.
+    repetition_penalty, frequency_penalty, presence_penalty : float32 [num_rows]
+        Above 0, and any; 1, 0 and 0 are off.
+    num_top : int32 [num_rows]
+        Best tokens to report besides the drawn one; -1 for no log-probabilities of this row. They
+        are those of ``logits``, before the edits, and the same bits as from `logprobs`.
 
     Returns
     -------
-    int32 [num_rows]
-        -1 where a row is all -inf or holds NaN; logits of +inf share the mass equally.
+    Sample
+        Token -1 where a row holds NaN or has nothing above -inf once edited; logits of +inf share
+        the mass equally. What a row didn't ask for is NaN, rank 0 and id -1.
     """
     if out is None:
-        out = _new(logits, (logits.shape[0],), "int32")
-    _core.sample(logits, temperature, top_k, top_p, min_p, seeds, counters, out)
+        num_rows = logits.shape[0]
+        out = Sample(_new(logits, (num_rows,), "int32"))
+        if num_top is not None:
+            max_top = max(int(num_top.max()), 0) if num_rows else 0
+            out = Sample(
+                out.token_ids,
+                _new(logits, (num_rows,)),
+                _new(logits, (num_rows,), "int32"),
+                _new(logits, (num_rows, max_top), "int32"),
+                _new(logits, (num_rows, max_top)),
+                _new(logits, (num_rows, 2), "float64"),
+            )
+    _core.sample(
+        logits, temperature, top_k, top_p, min_p, seeds, counters, allowed, allowed_idx,
+        bias_starts, bias_ids, bias_values, history_starts, history_ids, history_counts,
+        repetition_penalty, frequency_penalty, presence_penalty, num_top, *out,
+    )  # fmt: skip
+    return out
+
+
+class BeamStep(NamedTuple):
+    """What `beam_step` makes of each group, best first; -1 and NaN beyond a group's last one."""
+
+    parents: Array  # int32 [num_groups, max_beam], index of the beam that is continued
+    token_ids: Array  # int32 [num_groups, max_beam]
+    logprobs: Array  # float32 [num_groups, max_beam], of the token
+    sums: Array  # float64 [num_groups, max_beam, 2]: search score, log-probability
+    finished_parents: Array
+    finished_token_ids: Array
+    finished_logprobs: Array
+    finished_sums: Array
+
+
+def beam_step(
+    logits: Array,
+    *,
+    beam_rows: Array,
+    sums: Array,
+    group_starts: Array,
+    request_starts: Array,
+    beam_sizes: Array,
+    diversity_strengths: Array,
+    allowed: Array | None = None,
+    allowed_idx: Array | None = None,
+    terminators: Array | None = None,
+    terminator_idx: Array | None = None,
+    bias_starts: Array | None = None,
+    bias_ids: Array | None = None,
+    bias_values: Array | None = None,
+) -> BeamStep:
+    """Extend the live hypotheses (beams) of several searches by one token, group by group.
+
+    For each request, for each of its groups, with the tokens ``seen`` of the request's earlier
+    groups' new live hypotheses::
+
+        candidates = [(s + lp[token] - strength * seen.count(token), beam, token) for beam, token]
+        candidates.sort(by score, larger first; then lower beam; then lower token)
+        for rank, (beam, token) in enumerate(candidates):
+            if token not in terminators of beam: live.append(...)  # until there are beam_size
+            elif rank < beam_size: finished.append(...)
+
+    Parameters
+    ----------
+    logits : float32 [num_rows, vocab_size]
+    beam_rows : int32 [num_beams]
+        The row of each beam; several may share one (a search's first step).
+    sums : float64 [num_beams, 2]
+        Search score s and log-probability l of each beam.
+    group_starts : int32 [num_groups + 1]
+        Group g has the beams group_starts[g]:group_starts[g + 1], by rank. It may have none left.
+    request_starts : int32 [num_requests + 1]
+        Request r has the groups request_starts[r]:request_starts[r + 1], in order.
+    beam_sizes : int32 [num_groups], at least 1
+        Most hypotheses that a group keeps live; max_beam is the largest.
+    diversity_strengths : float32 [num_requests], at least 0
+    allowed : uint32 [num_allowed, ceil(vocab_size / 32)]
+        Token masks: bit i of word w is token 32 w + i. Applied after log-softmax.
+    allowed_idx : int32 [num_beams]
+        The mask of each beam, -1 for none.
+    terminators, terminator_idx : likewise
+        The tokens that end a hypothesis; -1 for none.
+    bias_starts : int32 [num_beams + 1]
+        Beam i has the biases bias_starts[i]:bias_starts[i + 1].
+    bias_ids : int32 [num_biases]
+    bias_values : float32 [num_biases]
+        Added to the beam's logits, before log-softmax; -inf bans a token.
+
+    Returns
+    -------
+    BeamStep
+        A token's log-probability has the bits that `logprobs` gives of the biased row. Logits of
+        -inf are no candidates, and neither are those of a row that is all -inf or holds NaN.
+
+    Notes
+    -----
+    A request's results are the same bits whatever other requests are in the call.
+    """
+    shape = (group_starts.shape[0] - 1, max([1, *beam_sizes.tolist()]))
+
+    def results() -> tuple[Array, ...]:
+        return (
+            _new(logits, shape, "int32"),
+            _new(logits, shape, "int32"),
+            _new(logits, shape),
+            _new(logits, (*shape, 2), "float64"),
+        )
+
+    out = BeamStep(*results(), *results())
+    _core.beam_step(
+        logits, beam_rows, sums, group_starts, request_starts, beam_sizes, diversity_strengths,
+        allowed, allowed_idx, terminators, terminator_idx, bias_starts, bias_ids, bias_values, *out,
+    )  # fmt: skip
     return out

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fullbeam.ops import BeamStep, Sample
 from fullbeam.weight_types import WEIGHT_TYPES, dequantize, quantize
 
 __all__ = [
-    "WEIGHT_TYPES", "attention_decode", "attention_prefill", "dequantize", "embedding",
+    "WEIGHT_TYPES", "attention_decode", "attention_prefill", "beam_step", "dequantize",
+    "edited_logits", "embedding",
     "gated_activation", "kv_write", "linear", "logprobs", "philox", "quantize", "rms_norm", "rope",
     "round_activations", "sample", "sample_probs", "uniform",
 ]  # fmt: skip
@@ -100,6 +102,29 @@ def kv_write(
     return written
 
 
+def _attend(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    table: Array,
+    seen: Array,
+    scale: float,
+    softcap: float,
+) -> Float64:
+    """One query [num_q_heads, head_dim] over the keys of these indices."""
+    page_size, group = k_pages.shape[2], len(q) // k_pages.shape[1]
+    keys, values = (
+        _wide(pages[table[seen // page_size], :, seen % page_size]).repeat(group, axis=1)
+        for pages in (k_pages, v_pages)
+    )
+    scores = np.einsum("hd,khd->hk", _wide(q), keys) * scale
+    if softcap > 0:
+        scores = softcap * np.tanh(scores / softcap)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    out: Float64 = np.einsum("hk,khd->hd", weights / weights.sum(axis=1, keepdims=True), values)
+    return out
+
+
 def attention_prefill(
     q: Array,
     k_pages: Array,
@@ -113,26 +138,12 @@ def attention_prefill(
     softcap: float = 0.0,
 ) -> Float64:
     out = np.zeros(q.shape)
-    group = q.shape[1] // k_pages.shape[1]
-    for seq, seq_len in enumerate(seq_lens.tolist()):
-        begin, end = query_starts[seq], query_starts[seq + 1]
-        used = page_table[seq, : -(-seq_len // k_pages.shape[2])]
-        keys, values = (
-            np.concatenate([*_wide(pages[used])], axis=1)[:, :seq_len].repeat(group, axis=0)
-            for pages in (k_pages, v_pages)
-        )
-        scores = np.einsum("thd,hkd->thk", _wide(q[begin:end]), keys) * scale
-        if softcap > 0:
-            scores = softcap * np.tanh(scores / softcap)
-        behind = (np.arange(seq_len - (end - begin), seq_len)[:, None] - np.arange(seq_len))[
-            :, None
-        ]
-        scores[np.broadcast_to(behind < 0, scores.shape)] = -np.inf
-        if window > 0:
-            scores[np.broadcast_to(behind >= window, scores.shape)] = -np.inf
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        out[begin:end] = np.einsum("thk,hkd->thd", weights, values)
+    for seq, table in enumerate(page_table):
+        end = query_starts[seq + 1]
+        for row in range(query_starts[seq], end):
+            position = seq_lens[seq] - (end - row)
+            seen = np.arange(max(0, position - window + 1) if window > 0 else 0, position + 1)
+            out[row] = _attend(q[row], k_pages, v_pages, table, seen, scale, softcap)
     return out
 
 
@@ -143,15 +154,32 @@ def attention_decode(
     page_table: Array,
     seq_lens: Array,
     *,
+    query_starts: Array | None = None,
+    slot_starts: Any = None,
+    num_slots: Any = None,
+    visible: Any = None,
+    slot_positions: Any = None,
+    positions: Any = None,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
 ) -> Float64:
-    starts = np.arange(len(seq_lens) + 1)
-    return attention_prefill(
-        q, k_pages, v_pages, page_table, seq_lens, starts,
-        scale=scale, window=window, softcap=softcap,
-    )  # fmt: skip
+    out = np.zeros(q.shape)
+    for seq, table in enumerate(page_table):
+        rows = [seq] if query_starts is None else range(*query_starts[seq : seq + 2])
+        for row in rows:
+            position = seq_lens[seq] - 1
+            seen = places = np.arange(seq_lens[seq])
+            if query_starts is not None and num_slots[seq] > 0:
+                position = positions[row]
+                bits = visible[row][:, None] >> np.arange(32, dtype=np.uint32) & 1
+                slots = np.flatnonzero(bits.reshape(-1)[: num_slots[seq]])
+                seen = np.concatenate([seen, slot_starts[seq] + slots])
+                places = np.concatenate([places, slot_positions[seq, slots]])
+            if window > 0:
+                seen = seen[places > position - window]
+            out[row] = _attend(q[row], k_pages, v_pages, table, seen, scale, softcap)
+    return out
 
 
 def gated_activation(x: Array, *, activation: str = "silu") -> Float64:
@@ -238,6 +266,46 @@ def sample_probs(
     return probs
 
 
+def edited_logits(
+    logits: Array,
+    idx: int,
+    *,
+    allowed: Any = None,
+    allowed_idx: Any = None,
+    bias_starts: Any = None,
+    bias_ids: Any = None,
+    bias_values: Any = None,
+    history_starts: Any = None,
+    history_ids: Any = None,
+    history_counts: Any = None,
+    repetition_penalty: Any = None,
+    frequency_penalty: Any = None,
+    presence_penalty: Any = None,
+) -> npt.NDArray[np.float32]:
+    """Row ``idx`` as `sample` draws from it; every step is rounded to float32."""
+    row = np.array(logits[idx], np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if allowed is not None and allowed_idx[idx] >= 0:
+            tokens = np.arange(len(row))
+            words = allowed[allowed_idx[idx]][tokens // 32]
+            row[words >> (tokens % 32).astype(np.uint32) & 1 == 0] = -np.inf
+        if bias_starts is not None:
+            for entry in range(bias_starts[idx], bias_starts[idx + 1]):
+                token_id, value = bias_ids[entry], bias_values[entry]
+                row[token_id] = -np.inf if value == -np.inf else row[token_id] + value
+        if history_starts is not None:
+            one, zero = np.float32(1), np.float32(0)
+            repetition = one if repetition_penalty is None else repetition_penalty[idx]
+            frequency = zero if frequency_penalty is None else frequency_penalty[idx]
+            presence = zero if presence_penalty is None else presence_penalty[idx]
+            for entry in range(history_starts[idx], history_starts[idx + 1]):
+                token_id, count = history_ids[entry], np.float32(history_counts[entry])
+                value = row[token_id]
+                value = value / repetition if value > 0 else value * repetition
+                row[token_id] = value - (count * frequency + presence if count > 0 else zero)
+    return row
+
+
 def sample(
     logits: Array,
     *,
@@ -247,9 +315,17 @@ def sample(
     min_p: Array,
     seeds: Array,
     counters: Array,
-) -> npt.NDArray[np.int32]:
-    out = np.full(len(logits), -1, np.int32)
-    for idx, row in enumerate(logits):
+    num_top: Array | None = None,
+    **edits: Any,
+) -> Sample:
+    """``edits`` are those of `edited_logits`."""
+    num_rows = len(logits)
+    token_ids = np.full(num_rows, -1, np.int32)
+    log_sums = np.full((num_rows, 2), np.nan)
+    for idx in range(num_rows):
+        row = edited_logits(logits, idx, **edits)
+        if np.isnan(logits[idx]).any():
+            continue
         probs = sample_probs(
             row,
             temperature=float(temperature[idx]),
@@ -257,9 +333,102 @@ def sample(
             top_p=float(top_p[idx]),
             min_p=float(min_p[idx]),
         )
+        divisor = float(temperature[idx]) or 1.0
+        log_sums[idx] = _log_sum(_wide(logits[idx])), _log_sum(_wide(row) / divisor)
         a, b, c = (int(word) for word in counters[idx])
         if probs.any():
             mass = np.cumsum(probs)
             above = mass > uniform(int(seeds[idx]), (a, b, c)) * mass[-1]
-            out[idx] = np.argmax(above)
-    return out
+            token_ids[idx] = np.argmax(above)
+    if num_top is None:
+        return Sample(token_ids)
+    max_top = int(max([0, *num_top]))
+    values = logprobs(logits, token_ids, num_top=max_top)
+    for idx, wanted in enumerate(num_top.tolist()):
+        if wanted < 0:
+            values[0][idx], values[1][idx], log_sums[idx] = np.nan, 0, np.nan
+        values[2][idx, max(wanted, 0) :] = -1
+        values[3][idx, max(wanted, 0) :] = np.nan
+    return Sample(token_ids, *values, log_sums)
+
+
+def _log_sum(row: Float64) -> float:
+    """``ln(sum(e^x))``; NaN where the row has no distribution."""
+    top = row.max(initial=-np.inf)
+    if not top > -np.inf or top == np.inf:
+        return math.inf if top == np.inf else math.nan
+    return float(top + np.log(np.exp(row - top).sum()))
+
+
+def _mask(
+    masks: Array | None, mask_idx: Array | None, beam: int, size: int, *, default: bool
+) -> Array:
+    """The beam's token mask as booleans; all `default` where it has none."""
+    if masks is None or mask_idx is None or mask_idx[beam] < 0:
+        return np.full(size, default)
+    words = np.ascontiguousarray(masks[mask_idx[beam]]).view(np.uint8)
+    return np.unpackbits(words, bitorder="little")[:size].astype(bool)
+
+
+def beam_step(
+    logits: Array,
+    *,
+    beam_rows: Array,
+    sums: Array,
+    group_starts: Array,
+    request_starts: Array,
+    beam_sizes: Array,
+    diversity_strengths: Array,
+    allowed: Array | None = None,
+    allowed_idx: Array | None = None,
+    terminators: Array | None = None,
+    terminator_idx: Array | None = None,
+    bias_starts: Array | None = None,
+    bias_ids: Array | None = None,
+    bias_values: Array | None = None,
+) -> BeamStep:
+    num_groups, size = len(beam_sizes), logits.shape[1]
+    max_beam = max([1, *beam_sizes.tolist()])
+    live, finished = (
+        tuple(np.full((num_groups, max_beam, *rest), fill) for fill, *rest in parts)
+        for parts in [[(-1,), (-1,), (np.nan,), (np.nan, 2)]] * 2
+    )
+
+    def logprobs_of(beam: int) -> Float64:
+        row = np.array(logits[beam_rows[beam]], np.float32)
+        if bias_starts is not None and bias_ids is not None and bias_values is not None:
+            for i in range(bias_starts[beam], bias_starts[beam + 1]):
+                is_ban = bias_values[i] == -np.inf
+                row[bias_ids[i]] = -np.inf if is_ban else row[bias_ids[i]] + bias_values[i]
+        wide = _finite_row(row)
+        if wide is None:
+            return np.full(size, -np.inf)
+        return wide - _log_sum(wide)
+
+    def step_group(group: int, strength: float, seen: list[int]) -> None:
+        candidates = []
+        for beam in range(group_starts[group], group_starts[group + 1]):
+            logprobs = logprobs_of(beam)
+            is_allowed = _mask(allowed, allowed_idx, beam, size, default=True)
+            is_last = _mask(terminators, terminator_idx, beam, size, default=False)
+            for token in np.flatnonzero(is_allowed & (logprobs > -np.inf)).tolist():
+                score = sums[beam, 0] + logprobs[token] - strength * seen.count(token)
+                total = sums[beam, 1] + logprobs[token]
+                candidates.append((-score, beam, token, logprobs[token], total, is_last[token]))
+        num_live, num_finished = 0, 0
+        for rank, (below, beam, token, logprob, total, ends) in enumerate(sorted(candidates)):
+            if num_live == beam_sizes[group]:
+                break
+            if ends and rank >= beam_sizes[group]:
+                continue
+            out, place = (finished, num_finished) if ends else (live, num_live)
+            for part, value in zip(out, (beam, token, logprob, (-below, total)), strict=True):
+                part[group, place] = value
+            num_finished, num_live = num_finished + bool(ends), num_live + (not ends)
+
+    for request, strength in enumerate(diversity_strengths.tolist()):
+        seen: list[int] = []
+        for group in range(request_starts[request], request_starts[request + 1]):
+            step_group(group, strength, seen)
+            seen += [token for token in live[1][group].tolist() if token >= 0]
+    return BeamStep(*live, *finished)

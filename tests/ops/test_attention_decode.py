@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attention_helpers import CASES, naive
+from attention_helpers import CASES, naive, searches
 from fullbeam import ops, reference
 from op_helpers import Array, PagedKv, assert_accurate, guarded, num_threads, paged_kv
 
@@ -103,3 +103,170 @@ def test_attention_decode_refuses_what_does_not_fit(rng: Any) -> None:
         ValueError, match=r"^attention_decode: out must be writable, got a read-onl"
     ):
         decode(q, kv, scale=1.0, out=q)
+
+
+# ---- searches: rows that see their own of a sequence's slots
+
+MIXED = [(40, 5, 12), (70, 1, 0), (129, 8, 30), (1, 1, 0), (16, 20, 3), (33, 1, 40)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_decode_of_searches_is_accurate(rng: Any, case: tuple[Any, ...]) -> None:
+    num_q_heads, num_kv_heads, head_dim, page_size, window, softcap, dtype = case
+    several = searches(
+        rng, MIXED, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype
+    )
+    num_rows = len(several.chains.seq_lens)
+    q = rng.standard_normal((num_rows, num_q_heads, head_dim)).astype(np.float32)
+    options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
+    oracle = several.oracle(q, **options)
+    chains = naive(q, several.chains, range(num_rows + 1), **options)
+    with guarded(q.shape) as out:
+        several.decode(q, out=out, **options)
+        assert_accurate(out, oracle, chains)
+    # Each row's keys as a plain sequence: the same numbers in another order.
+    assert_accurate(decode(q, several.chains, **options), oracle, chains)
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_attention_decode_of_a_row_ignores_the_other_rows(rng: Any, window: int) -> None:
+    several = searches(rng, MIXED)
+    starts = several.slots["query_starts"]
+    q = rng.standard_normal((starts[-1], 8, 32)).astype(np.float32)
+    together = several.decode(q, scale=0.2, window=window)
+    for seq in range(len(MIXED)):
+        for row in range(starts[seq + 1] - starts[seq]):
+            own = starts[seq] + row
+            alone = several.only(seq, [row]).decode(q[own : own + 1], scale=0.2, window=window)
+            np.testing.assert_array_equal(alone[0], together[own])
+    for count in (1, 3):
+        with num_threads(count):
+            np.testing.assert_array_equal(several.decode(q, scale=0.2, window=window), together)
+
+
+def test_attention_decode_of_a_row_ignores_slots_that_only_others_see(rng: Any) -> None:
+    several = searches(rng, [(40, 6, 25)])
+    q = rng.standard_normal((6, 4, 32)).astype(np.float32)
+    before = several.decode(q, scale=0.2)
+    slots = np.arange(several.slots["num_slots"][0])
+    bits = several.slots["visible"][:, slots // 32] >> (slots % 32).astype(np.uint32) & 1
+    slot = slots[bits.sum(axis=0) == 1][0]
+    page, offset = several.slot_pages(0, slot)
+    for poison in (np.nan, np.inf):
+        several.kv.k_pages[page, :, offset] = several.kv.v_pages[page, :, offset] = poison
+        after = several.decode(q, scale=0.2)
+        sees = bits[:, slot] == 1
+        assert np.isnan(after[sees]).all()
+        np.testing.assert_array_equal(after[~sees], before[~sees])
+
+
+def test_attention_decode_without_slots_is_the_same_bits_as_without_the_arguments(rng: Any) -> None:
+    kv = paged_kv(rng, [100, 1, 40])
+    q = rng.standard_normal((3, 4, 32)).astype(np.float32)
+    slots = {
+        "query_starts": np.arange(4, dtype=np.int32),
+        "slot_starts": np.full(3, 2**31 - 1, np.int32),
+        "num_slots": np.zeros(3, np.int32),
+        "positions": np.full(3, -1, np.int32),
+    }
+    plain = decode(q, kv, scale=0.2, window=30)
+    for num_words in (0, 2):
+        out = decode(
+            q, kv, scale=0.2, window=30, **slots,
+            visible=np.full((3, num_words), 2**32 - 1, np.uint32),
+            slot_positions=np.zeros((3, 32 * num_words), np.int32),
+        )  # fmt: skip
+        np.testing.assert_array_equal(out, plain)
+
+
+def test_attention_decode_takes_a_search_without_prompt(rng: Any) -> None:
+    alone = searches(rng, [(0, 3, 9)])
+    q = rng.standard_normal((3, 4, 32)).astype(np.float32)
+    oracle = alone.oracle(q, scale=0.2)
+    assert_accurate(alone.decode(q, scale=0.2), oracle, naive(q, alone.chains, range(4), scale=0.2))
+
+
+def test_attention_decode_of_a_row_that_sees_nothing_is_nan(rng: Any) -> None:
+    alone = searches(rng, [(40, 3, 9)])
+    q = rng.standard_normal((3, 4, 32)).astype(np.float32)
+    before = alone.decode(q, scale=0.2, window=4)
+    alone.slots["visible"][1] = 0
+    after = alone.decode(q, scale=0.2, window=4)
+    assert np.isnan(after[1]).all()
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+
+
+def test_attention_decode_of_searches_takes_bfloat16_pages(rng: Any) -> None:
+    torch = pytest.importorskip("torch")
+    several = searches(rng, MIXED)
+    kv, q = several.kv, rng.standard_normal((36, 4, 32)).astype(np.float32)
+    halves = [torch.from_numpy(pages).bfloat16() for pages in (kv.k_pages, kv.v_pages)]
+    wide = [pages.float().numpy() for pages in halves]
+    narrow_out, wide_out = (
+        ops.attention_decode(q, *pages, kv.page_table, kv.seq_lens, scale=0.2, **several.slots)
+        for pages in (halves, wide)
+    )
+    np.testing.assert_array_equal(narrow_out, wide_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("query_starts", None, "query_starts must be given where slots are, got None"),
+        (
+            "positions",
+            None,
+            "query_starts must be given with slot_starts, .*, got it without one of them",
+        ),
+        ("query_starts", [0, 3, 4], r"query_starts must be \[2\], got \[3\]"),
+        ("query_starts", [0, 3], "query_starts must be num_tokens=4 at its end, got 3"),
+        (
+            "slot_starts",
+            [40],
+            "slot_starts must be a multiple of page_size=16, at least .*, got 40",
+        ),
+        ("slot_starts", [32], "slot_starts must be .*, at least the sequence's seq_lens=40 and .*"),
+        ("slot_starts", [960], "slot_starts must be .* and at most max_pages .*, got 960"),
+        ("num_slots", [-1], "num_slots must be at least 0, got -1"),
+        ("num_slots", [65], r"num_slots must be in 0..32 \* num_words=64, got 65"),
+        ("num_slots", [0], "query_starts must be at most one row apart for a sequence .*, got 4"),
+        (
+            "visible",
+            np.zeros((3, 2), np.uint32),
+            r"visible must be \[num_tokens=4, num_words\], .*",
+        ),
+        ("slot_positions", np.zeros((1, 32), np.int32), r"slot_positions must be .* 64\], got .*"),
+        ("positions", [40, 40, 39, 40], "positions must be at least .* seq_lens=40, got 39"),
+    ],
+)
+def test_attention_decode_refuses_searches_that_do_not_fit(
+    rng: Any, name: str, value: Any, message: str
+) -> None:
+    kv = paged_kv(rng, [120])
+    slots: dict[str, Any] = {
+        "query_starts": [0, 4],
+        "slot_starts": [48],
+        "num_slots": [64],
+        "visible": np.ones((4, 2), np.uint32),
+        "slot_positions": np.zeros((1, 64), np.int32),
+        "positions": [40] * 4,
+    }
+
+    def run(values: dict[str, Any]) -> Any:
+        arrays = {
+            key: np.array(item, np.int32) if isinstance(item, list) else item
+            for key, item in values.items()
+        }
+        q, lens = np.zeros((4, 4, 32), np.float32), np.array([40], np.int32)
+        return decode(q, PagedKv(kv.k_pages, kv.v_pages, kv.page_table, lens), scale=1, **arrays)
+
+    run(slots)
+    with pytest.raises(ValueError, match=f"^attention_decode: {message}$"):
+        run(slots | {name: value})
+
+
+def test_attention_decode_refuses_a_slot_outside_the_cache(rng: Any) -> None:
+    alone = searches(rng, [(40, 3, 9)])
+    alone.kv.page_table[0, alone.slots["slot_starts"][0] // 16] = 2**31 - 1
+    with pytest.raises(ValueError, match=r"page_table must be in 0\.\..*, got 2147483647$"):
+        alone.decode(np.zeros((3, 4, 32), np.float32), scale=1.0)

@@ -1,14 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import math
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
-from fullbeam import ops, reference
+from fullbeam import _core, ops, reference
 from op_helpers import guarded, num_threads, strided
+from sample_helpers import (
+    ALL_EDITS,
+    assert_follows,
+    edits,
+    of_one_row,
+    packed,
+    params,
+    repeated,
+)
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -28,30 +40,23 @@ SETTINGS = [
 ]
 
 
-def params(
-    num_rows: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    seed: int = 0,
-) -> dict[str, Any]:
-    counters = np.zeros((num_rows, 3), np.uint32)
-    counters[:, 2] = np.arange(num_rows)
-    return {
-        "temperature": np.full(num_rows, temperature, np.float32),
-        "top_k": np.full(num_rows, top_k, np.int32),
-        "top_p": np.full(num_rows, top_p, np.float32),
-        "min_p": np.full(num_rows, min_p, np.float32),
-        "seeds": np.full(num_rows, seed, np.uint64),
-        "counters": counters,
-    }
+EDIT_KINDS = [kinds for count in range(4) for kinds in itertools.combinations(ALL_EDITS, count)]
 
 
-def draws(row: Any, num_draws: int = 2000, **settings: Any) -> Any:
-    """Many draws from one row; the row stride is 0."""
+def tokens(logits: Any, settings: dict[str, Any]) -> Any:
+    return ops.sample(logits, **settings).token_ids
+
+
+def expected_tokens(logits: Any, settings: dict[str, Any]) -> Any:
+    return reference.sample(logits, **settings).token_ids
+
+
+def draws(
+    row: Any, num_draws: int = 2000, *, edit: dict[str, Any] | None = None, **settings: Any
+) -> Any:
+    """Many draws from one row; the row stride is 0. `edit`: that row's edits."""
     logits = np.broadcast_to(np.array(row, np.float32), (num_draws, len(row)))
-    return ops.sample(logits, **params(num_draws, **settings))
+    return tokens(logits, params(num_draws, **settings) | repeated(edit or {}, num_draws))
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), SETTINGS)
@@ -62,53 +67,53 @@ def test_sample_draws_what_the_reference_draws(
     logits = strided((rng.standard_normal((40, vocab_size)) * 3).astype(np.float32))
     settings = params(40, temperature, top_k, top_p, min_p, seed=123456789012345)
     with guarded((40,), "int32") as out:
-        ops.sample(logits, **settings, out=out)
-        np.testing.assert_array_equal(out, reference.sample(logits, **settings))
+        ops.sample(logits, **settings, out=ops.Sample(out))
+        np.testing.assert_array_equal(out, reference.sample(logits, **settings).token_ids)
 
 
 @pytest.mark.parametrize("sigma", [0.01, 1.0, 3.0, 8.0])
-@pytest.mark.parametrize("setting", [(0, 0.9, 0.0), (0, 0.999, 0.0), (30000, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "setting",
+    [(0, 0.05, 0.0), (0, 0.9, 0.0), (0, 0.999, 0.0), (30000, 1.0, 0.0), (40000, 0.5, 1e-6)],
+)
 def test_sample_finds_a_large_kept_set(
     rng: Any, sigma: float, setting: tuple[int, float, float]
 ) -> None:
     logits = (rng.standard_normal((4, 50257)) * sigma).astype(np.float32)
+    logits[2] = np.round(logits[2] * 2)  # many ties
+    logits[3, ::12] += 4 * sigma  # tokens 12 apart are no sample of the row
     settings = params(4, 1.0, *setting, seed=3)
-    np.testing.assert_array_equal(
-        ops.sample(logits, **settings), reference.sample(logits, **settings)
-    )
+    np.testing.assert_array_equal(tokens(logits, settings), expected_tokens(logits, settings))
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), SETTINGS)
+@pytest.mark.parametrize(("top_k", "top_p"), [(20000, 1.0), (0, 0.4)])
+def test_sample_cuts_a_large_set_of_equal_tokens_by_id(top_k: int, top_p: float) -> None:
+    drawn = draws(np.zeros(50000), 400, top_k=top_k, top_p=top_p)
+    assert 19000 < drawn.max() < 20000
+
+
+@pytest.mark.parametrize("kinds", [(), ALL_EDITS])
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("top_k", [0, 20])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sample_follows_the_exact_distribution(
-    rng: Any, temperature: float, top_k: int, top_p: float, min_p: float
+    rng: Any, temperature: float, top_k: int, top_p: float, min_p: float, kinds: tuple[str, ...]
 ) -> None:
-    row = (rng.standard_normal(50) * 1.5).astype(np.float32)
-    settings: dict[str, Any] = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-    }  # fmt: skip
-    probs = reference.sample_probs(row, **settings)
-    num_draws = 20000
-    counts = np.bincount(draws(row, num_draws, seed=11, **settings), minlength=50)
-    assert not counts[probs == 0].any()
-    expected = probs * num_draws
-    common = expected >= 5
-    pairs = [
-        (counts[common], expected[common]),
-        ([counts[~common].sum()], [expected[~common].sum()]),
-    ]
-    observed, wanted = (np.concatenate(part) for part in zip(*pairs, strict=True))
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    freedom = max(len(wanted) - 1, 1)
-    chi_square = ((observed - wanted) ** 2 / wanted).sum()
-    # Wilson and Hilferty's normal approximation, at 4 standard deviations
-    limit = freedom * (1 - 2 / (9 * freedom) + 4 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert chi_square < limit
+    row = (rng.standard_normal(60) * 1.5).astype(np.float32)
+    truncation = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    edit = of_one_row(edits(rng, 3, 60, kinds) | {"allowed_idx": np.zeros(3, np.int32)}, 1)
+    if not kinds:
+        del edit["allowed_idx"]
+    edited = reference.edited_logits(row[None], 0, **edit)
+    drawn = draws(row, 20000, seed=11, edit=edit, **truncation)
+    assert_follows(drawn, reference.sample_probs(edited, **truncation))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 127, 128, 129, 300])
 def test_sample_at_temperature_0_is_the_first_best_token(rng: Any, vocab_size: int) -> None:
     logits = rng.integers(-3, 3, (30, vocab_size)).astype(np.float32)
-    out = ops.sample(logits, **params(30, 0.0, top_k=5, top_p=0.5, min_p=0.5))
+    out = tokens(logits, params(30, 0.0, top_k=5, top_p=0.5, min_p=0.5))
     np.testing.assert_array_equal(out, logits.argmax(axis=1))
 
 
@@ -152,8 +157,8 @@ def test_sample_marks_rows_without_a_distribution(
     logits[1, 0], logits[2, -1], logits[3, vocab_size // 2] = NAN, NAN, NAN
     logits[3, 1] = INF
     settings = params(6, temperature, top_k, top_p, min_p)
-    out = ops.sample(logits, **settings)
-    np.testing.assert_array_equal(out, reference.sample(logits, **settings))
+    out = tokens(logits, settings)
+    np.testing.assert_array_equal(out, expected_tokens(logits, settings))
     assert out.tolist()[:4] == [-1] * 4
     assert (out[4:] >= 0).all()
 
@@ -165,7 +170,7 @@ def test_sample_never_draws_a_masked_token(
     logits = np.full((200, 3000), -INF, np.float32)
     allowed = rng.permutation(3000)[:7]
     logits[:, allowed] = rng.standard_normal((200, 7))
-    out = ops.sample(logits, **params(200, temperature, top_k, top_p, min_p))
+    out = tokens(logits, params(200, temperature, top_k, top_p, min_p))
     assert set(out.tolist()) <= set(allowed.tolist())
 
 
@@ -196,18 +201,18 @@ def test_sample_of_a_row_depends_on_nothing_but_the_row(rng: Any) -> None:
     for idx, setting in enumerate([(0.0, 0, 1.0, 0.0), *SETTINGS]):
         for name, value in zip(["temperature", "top_k", "top_p", "min_p"], setting, strict=True):
             settings[name][idx] = value
-    together = ops.sample(logits, **settings)
+    settings |= edits(rng, 12, 3001)
+    together = tokens(logits, settings)
     for row in range(12):
-        alone = {name: values[row : row + 1] for name, values in settings.items()}
-        assert ops.sample(logits[row : row + 1], **alone) == together[row]
+        assert tokens(logits[row : row + 1], of_one_row(settings, row)) == together[row]
     for count in (1, 3):
         with num_threads(count):
-            np.testing.assert_array_equal(ops.sample(logits, **settings), together)
+            np.testing.assert_array_equal(tokens(logits, settings), together)
 
 
 def test_sample_draws_anew_for_every_part_of_the_key() -> None:
     row, num_draws = np.zeros((1, 4096), np.float32), 5
-    tokens = []
+    drawn = []
     for part in range(4):
         for value in range(1, num_draws):
             settings = params(1)
@@ -215,9 +220,235 @@ def test_sample_draws_anew_for_every_part_of_the_key() -> None:
                 settings["counters"][0, part] = value
             else:
                 settings["seeds"][0] = value << 40
-            tokens.append(int(ops.sample(row, **settings)[0]))
-            np.testing.assert_array_equal(ops.sample(row, **settings), tokens[-1])
-    assert len(set(tokens)) == len(tokens)
+            drawn.append(int(tokens(row, settings)[0]))
+            np.testing.assert_array_equal(tokens(row, settings), drawn[-1])
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("kinds", EDIT_KINDS)
+@pytest.mark.parametrize("vocab_size", [1, 31, 128, 1003])
+def test_sample_with_edits_is_as_the_reference(
+    rng: Any, vocab_size: int, kinds: tuple[str, ...]
+) -> None:
+    num_rows = 2 * len(SETTINGS)
+    logits = strided((rng.standard_normal((num_rows, vocab_size)) * 3).astype(np.float32))
+    logits.flags.writeable = False
+    settings = params(num_rows, seed=77) | edits(rng, num_rows, vocab_size, kinds)
+    for row, setting in enumerate([(0.0, 0, 1.0, 0.0), *SETTINGS, *SETTINGS[1:]]):
+        for name, value in zip(["temperature", "top_k", "top_p", "min_p"], setting, strict=True):
+            settings[name][row] = value
+    settings["num_top"] = rng.integers(-1, min(vocab_size, 6) + 1, num_rows).astype(np.int32)
+    found, wanted = ops.sample(logits, **settings), reference.sample(logits, **settings)
+    for name in ("token_ids", "ranks", "top_ids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    for name in ("logprobs", "top_logprobs", "log_sums"):
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(wanted, name), rtol=2e-6, atol=2e-6
+        )
+
+
+def edited_by_op(row: Any, edit: dict[str, Any]) -> Any:
+    """Each edited logit: the processed log-sum-exp of a row where nothing else is allowed."""
+    size = len(row)
+    settings = params(size) | repeated(edit, size)
+    settings["allowed"], settings["allowed_idx"] = packed(np.eye(size) > 0), np.arange(size)
+    settings["allowed_idx"] = settings["allowed_idx"].astype(np.int32)
+    settings["num_top"] = np.zeros(size, np.int32)
+    logits = np.broadcast_to(np.array(row, np.float32), (size, size))
+    return ops.sample(logits, **settings).log_sums[:, 1]
+
+
+def history(ids: list[int], counts: list[int], *penalties: float) -> dict[str, Any]:
+    names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    return {
+        "history_starts": np.int32([0, len(ids)]),
+        "history_ids": np.int32(ids),
+        "history_counts": np.int32(counts),
+        **{name: np.float32([value]) for name, value in zip(names, penalties, strict=True)},
+    }
+
+
+def test_sample_penalises_as_the_worked_examples() -> None:
+    row = [2, 1, 0.5, 0, -1]
+    found = edited_by_op(row, history([0, 1, 2, 3, 4], [2, 1, 0, 0, 0], 1, 0.5, 0.25))
+    np.testing.assert_array_equal(found, [0.75, 0.25, 0.5, 0, -1])
+    found = edited_by_op(row, history([0, 4], [0, 0], 1.2, 0, 0))
+    np.testing.assert_allclose(found, [1.666667, 1, 0.5, 0, -1.2], atol=1e-6)
+
+
+def test_sample_adds_the_bias_before_the_penalties() -> None:
+    bias = {
+        "bias_starts": np.int32([0, 3]),
+        "bias_ids": np.int32([0, 1, 0]),
+        "bias_values": np.float32([-2, -np.inf, -1]),
+    }
+    found = edited_by_op([2, 1, 3], bias | history([0, 1, 2], [1, 1, 0], 2, 0.5, 0.25))
+    np.testing.assert_array_equal(found, [-2.75, NAN, 1.5])
+
+
+def test_sample_bans_infinite_logits_too() -> None:
+    bias = {
+        "bias_starts": np.int32([0, 1]),
+        "bias_ids": np.int32([1]),
+        "bias_values": np.float32([-np.inf]),
+    }
+    assert set(draws([0.0, INF, 1.0], edit=bias)) == {0, 2}
+
+
+def test_sample_of_a_row_with_nothing_allowed_is_no_token(rng: Any) -> None:
+    logits = rng.standard_normal((3, 70)).astype(np.float32)
+    logits[1, 7] = -INF
+    masks = np.zeros((2, 70), bool)
+    masks[1, 7] = True
+    settings = params(3) | {"allowed": packed(masks), "allowed_idx": np.int32([0, 1, 1])}
+    found = ops.sample(logits, **settings, num_top=np.int32([1, 0, 1]))
+    assert found.token_ids.tolist() == [-1, -1, 7]
+    assert np.isnan(found.logprobs[:2]).all()
+    assert found.ranks.tolist()[:2] == [0, 0]
+    assert found.top_ids[:, 0].tolist() == [logits[0].argmax(), -1, logits[2].argmax()]
+    assert np.isnan(found.log_sums[:2, 1]).all()
+    assert np.isfinite(found.log_sums[:, 0]).all()
+
+
+@pytest.mark.parametrize("vocab_size", [8, 129, 4000])
+@pytest.mark.parametrize("kinds", [(), ALL_EDITS])
+def test_sample_gives_the_bits_of_logprobs(
+    rng: Any, vocab_size: int, kinds: tuple[str, ...]
+) -> None:
+    logits = (rng.standard_normal((24, vocab_size)) * 4).astype(np.float32)
+    logits[3], logits[4, 1], logits[5, [2, 3]] = -INF, NAN, INF
+    settings = params(24, 1.5, 50, 0.99) | edits(rng, 24, vocab_size, kinds)
+    settings["temperature"][:8] = 0
+    num_top = np.array([*range(-1, 7)] * 3, np.int32)
+    found = ops.sample(logits, **settings, num_top=num_top)
+    np.testing.assert_array_equal(found.token_ids, tokens(logits, settings))
+    for row, count in enumerate(num_top.tolist()):
+        if count < 0:
+            assert np.isnan([found.logprobs[row], *found.log_sums[row]]).all()
+            assert found.ranks[row] == 0
+        else:
+            wanted = ops.logprobs(
+                logits[row : row + 1], found.token_ids[row : row + 1], num_top=count
+            )
+            tops = found.top_ids[row : row + 1, :count], found.top_logprobs[row : row + 1, :count]
+            actual = (found.logprobs[row : row + 1], found.ranks[row : row + 1], *tops)
+            for ours, theirs in zip(actual, wanted, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+        assert (found.top_ids[row, max(count, 0) :] == -1).all()
+        assert np.isnan(found.top_logprobs[row, max(count, 0) :]).all()
+
+
+def test_sample_sums_up_the_row_as_it_is_and_processed(rng: Any) -> None:
+    logits = (rng.standard_normal((5, 700)) * 3).astype(np.float32)
+    logits[4, 5] = INF
+    settings = params(5) | {"num_top": np.zeros(5, np.int32)}
+    settings["temperature"][:] = [0, 1, 0.5, 4, 1]
+    sums = ops.sample(logits, **settings).log_sums
+    wide = logits.astype(np.float64)
+    np.testing.assert_allclose(sums[:4, 0], np.log(np.exp(wide[:4]).sum(axis=1)), rtol=1e-6)
+    scaled = wide[:4] / np.array([[1], [1], [0.5], [4]])
+    np.testing.assert_allclose(sums[:4, 1], np.log(np.exp(scaled).sum(axis=1)), rtol=1e-6)
+    np.testing.assert_array_equal(sums[:2, 0], sums[:2, 1])
+    np.testing.assert_array_equal(sums[4], [INF, INF])
+
+
+FINITE = st.floats(-4, 4, width=32)
+
+
+@st.composite
+def small_rows(draw: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Logits of a few tokens, some of them equal; their edits; the truncation."""
+    size = draw(st.integers(1, 12))
+    values = FINITE | st.sampled_from([0.0, 1.0])
+    row = np.float32(draw(st.lists(values, min_size=size, max_size=size)))
+    token_ids = st.integers(0, size - 1)
+    mask = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    biases = draw(st.lists(st.tuples(token_ids, FINITE | st.just(-INF)), max_size=4))
+    seen = draw(st.lists(token_ids, unique=True))
+    counts = [draw(st.integers(0, 2)) for _ in seen]
+    penalties = draw(st.floats(0.5, 2, width=32)), draw(FINITE), draw(FINITE)
+    edit = {
+        "allowed": packed(np.array([mask])),
+        "allowed_idx": np.int32([draw(st.sampled_from([-1, 0]))]),
+        "bias_starts": np.int32([0, len(biases)]),
+        "bias_ids": np.array([token_id for token_id, _ in biases], np.int32),
+        "bias_values": np.array([value for _, value in biases], np.float32),
+        **history(seen, counts, *penalties),
+    }
+    truncation = {
+        "temperature": draw(st.sampled_from([0.0, 0.7, 1.0, 3.0])),
+        "top_k": draw(st.integers(0, size)),
+        "top_p": draw(st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0])),
+        "min_p": draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])),
+    }
+    return row, edit, {name: float(np.float32(value)) for name, value in truncation.items()}
+
+
+PROPERTY = hypothesis_settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@given(case=small_rows())
+@PROPERTY
+def test_sample_edits_in_float32(case: tuple[Any, dict[str, Any], dict[str, Any]]) -> None:
+    row, edit, _ = case
+    edit = {name: edit[name] for name in edit if not name.startswith("allowed")}
+    edited = reference.edited_logits(row[None], 0, **edit)
+    np.testing.assert_array_equal(
+        edited_by_op(row, edit), np.where(edited == -np.inf, np.nan, edited)
+    )
+
+
+@given(case=small_rows())
+@PROPERTY
+def test_sample_keeps_the_tokens_that_float64_keeps(
+    case: tuple[Any, dict[str, Any], dict[str, Any]],
+) -> None:
+    row, edit, truncation = case
+    truncation["top_k"] = int(truncation["top_k"])
+    probs = reference.sample_probs(reference.edited_logits(row[None], 0, **edit), **truncation)
+    drawn = set(draws(row, 3000, edit=edit, **truncation).tolist())
+    if not probs.any():
+        assert drawn == {-1}
+        return
+    assert {*np.flatnonzero(probs > 0.01).tolist()} <= drawn
+    assert drawn <= {*np.flatnonzero(probs).tolist()}
+
+
+def test_sample_of_a_recorded_program_is_safe_with_any_data(rng: Any) -> None:
+    num_rows, vocab_size = 8, 300
+    logits = rng.standard_normal((num_rows, vocab_size)).astype(np.float32)
+    settings = params(num_rows) | edits(rng, num_rows, vocab_size)
+    settings["num_top"] = np.full(num_rows, 3, np.int32)
+    with (
+        guarded((num_rows,), "int32") as token_ids,
+        guarded((num_rows,)) as logprobs,
+        guarded((num_rows,), "int32") as ranks,
+        guarded((num_rows, 5), "int32") as top_ids,
+        guarded((num_rows, 5)) as top_logprobs,
+        guarded((num_rows, 2), "float64") as log_sums,
+    ):
+        out = ops.Sample(token_ids, logprobs, ranks, top_ids, top_logprobs, log_sums)
+        _core.start_recording()
+        ops.sample(logits, **settings, out=out)
+        program = _core.stop_recording()
+        program.run()
+        np.testing.assert_array_equal(token_ids, tokens(logits, _without(settings, "num_top")))
+        for _ in range(30):
+            for values in settings.values():
+                values.view(np.uint8)[...] = rng.integers(0, 256, values.view(np.uint8).shape)
+                if rng.random() < 0.3:
+                    values[...] = rng.choice(np.array([0, 1, 2**20], values.dtype), values.shape)
+            program.run()
+            assert ((token_ids >= -1) & (token_ids < vocab_size)).all()
+
+
+def _without(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: values for key, values in settings.items() if key != name}
 
 
 def test_philox_gives_its_published_answers() -> None:
@@ -232,6 +463,27 @@ def test_philox_gives_its_published_answers() -> None:
     )  # fmt: skip
 
 
+def full_edits() -> dict[str, Any]:
+    """Every argument, for 3 rows of 8 tokens."""
+    entries = {
+        "starts": np.int32([0, 1, 2, 4]),
+        "ids": np.int32([0, 1, 2, 3]),
+    }
+    ones = np.ones(3, np.float32)
+    return {
+        "allowed": np.full((1, 1), 255, np.uint32),
+        "allowed_idx": np.int32([-1, 0, 0]),
+        **{f"bias_{name}": values.copy() for name, values in entries.items()},
+        "bias_values": np.ones(4, np.float32),
+        **{f"history_{name}": values.copy() for name, values in entries.items()},
+        "history_counts": np.int32([0, 1, 2, 3]),
+        "repetition_penalty": ones.copy(),
+        "frequency_penalty": ones.copy(),
+        "presence_penalty": ones.copy(),
+        "num_top": np.int32([-1, 1, 0]),
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
@@ -241,10 +493,27 @@ def test_philox_gives_its_published_answers() -> None:
         ("top_p", 1.5, r"top_p must be in \[0, 1\], got 1.5"),
         ("top_p", NAN, r"top_p must be in \[0, 1\], got nan"),
         ("min_p", -0.25, r"min_p must be in \[0, 1\], got -0.25"),
+        ("allowed_idx", 1, r"allowed_idx must be in -1\.\.0, got 1"),
+        ("allowed_idx", -2, r"allowed_idx must be in -1\.\.0, got -2"),
+        ("bias_starts", 0, "bias_starts must be ascending from 0 to num_biases=4, got 0 after 1"),
+        ("bias_ids", 8, r"bias_ids must be in 0\.\.7, got 8"),
+        ("bias_values", INF, "bias_values must be finite or -infinity, got inf"),
+        ("bias_values", NAN, "bias_values must be finite or -infinity, got nan"),
+        (
+            "history_starts",
+            5,
+            "history_starts must be ascending from 0 to num_histories=4, got 4 after 5",
+        ),
+        ("history_ids", -1, r"history_ids must be in 0\.\.7, got -1"),
+        ("history_counts", -1, r"history_counts must be in 0\.\.2147483647, got -1"),
+        ("repetition_penalty", 0, "repetition_penalty must be finite and above 0, got 0"),
+        ("frequency_penalty", NAN, "frequency_penalty must be finite, got nan"),
+        ("presence_penalty", -INF, "presence_penalty must be finite, got -inf"),
+        ("num_top", -2, r"num_top must be in -1\.\.1, got -2"),
     ],
 )
 def test_sample_refuses_values_out_of_range(name: str, value: float, text: str) -> None:
-    settings = params(3)
+    settings = params(3) | full_edits()
     settings[name][2] = value
     with pytest.raises(ValueError, match=f"^sample: {text}$"):
         ops.sample(np.zeros((3, 8), np.float32), **settings)
@@ -262,8 +531,64 @@ def test_sample_refuses_what_does_not_fit() -> None:
         ops.sample(logits, **{**settings, "counters": np.zeros((3, 2), np.uint32)})
     with pytest.raises(TypeError, match=r"^sample: seeds must be uint64, got int64$"):
         ops.sample(logits, **{**settings, "seeds": np.zeros(3, np.int64)})
+    full = settings | full_edits()
+    with pytest.raises(
+        ValueError, match=r"^sample: allowed must be \[num_masks, 1\], got \[1, 2\]$"
+    ):
+        ops.sample(logits, **{**full, "allowed": np.zeros((1, 2), np.uint32)})
+    with pytest.raises(ValueError, match=r"^sample: bias_starts must be \[4\], got \[3\]$"):
+        ops.sample(logits, **{**full, "bias_starts": np.zeros(3, np.int32)})
+    with pytest.raises(ValueError, match=r"^sample: num_top must be at most vocab_size=8, got 9$"):
+        ops.sample(logits, **{**full, "num_top": np.int32([9, 0, 0])})
+    with pytest.raises(ValueError, match=r"^sample: bias_starts must be .*=4, got 1 at its start$"):
+        ops.sample(logits, **{**full, "bias_starts": np.int32([1, 1, 2, 4])})
+    with pytest.raises(ValueError, match=r"^sample: bias_starts must be .*=4, got 3 at its end$"):
+        ops.sample(logits, **{**full, "bias_starts": np.int32([0, 1, 2, 3])})
+
+
+@pytest.mark.parametrize(
+    ("missing", "present"),
+    [
+        ("allowed", "allowed_idx"),
+        ("allowed_idx", "allowed"),
+        ("bias_starts", "bias_ids"),
+        ("bias_ids", "bias_starts"),
+        ("bias_values", "bias_starts"),
+        ("history_starts", "history_ids"),
+        ("history_ids", "history_starts"),
+        ("history_counts", "history_starts"),
+    ],
+)
+def test_sample_refuses_half_an_edit(missing: str, present: str) -> None:
+    settings = _without(params(3) | full_edits(), missing)
+    with pytest.raises(
+        ValueError, match=f"^sample: {missing} must be given with {present}, got none$"
+    ):
+        ops.sample(np.zeros((3, 8), np.float32), **settings)
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
+def test_sample_refuses_penalties_without_a_history(name: str) -> None:
+    settings = params(3) | {name: np.ones(3, np.float32)}
+    with pytest.raises(
+        ValueError, match=f"^sample: history_starts must be given with {name}, got none$"
+    ):
+        ops.sample(np.zeros((3, 8), np.float32), **settings)
+
+
+def test_sample_refuses_outputs_that_do_not_fit() -> None:
+    logits, settings = np.zeros((3, 8), np.float32), params(3)
+    token_ids = np.zeros(3, np.int32)
+    with pytest.raises(
+        ValueError, match=r"^sample: out.logprobs must be given with num_top, got none$"
+    ):
+        ops.sample(logits, **settings, num_top=np.zeros(3, np.int32), out=ops.Sample(token_ids))
+    with pytest.raises(
+        ValueError, match=r"^sample: num_top must be given with out.ranks, got none$"
+    ):
+        ops.sample(logits, **settings, out=ops.Sample(token_ids, ranks=np.zeros(3, np.int32)))
 
 
 def test_sample_takes_no_rows() -> None:
-    assert ops.sample(np.zeros((0, 8), np.float32), **params(0)).shape == (0,)
-    np.testing.assert_array_equal(ops.sample(np.zeros((2, 0), np.float32), **params(2)), -1)
+    assert tokens(np.zeros((0, 8), np.float32), params(0)).shape == (0,)
+    np.testing.assert_array_equal(tokens(np.zeros((2, 0), np.float32), params(2)), -1)
