@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fullbeam.engine.prompt import encode_infill
 from fullbeam.models.catalog import cache_folder, resolve
 from fullbeam.models.gguf import GgufFile
 from fullbeam.models.pretokenizers import PRETOKENIZERS
@@ -216,6 +217,50 @@ def test_infill_tokens_by_key_before_text(open_gguf: OpenGguf, gpt2_metadata: Me
     assert infill is not None
     assert (infill.prefix, infill.suffix, infill.middle, infill.pad) == (1, 2, 4, None)
     assert (infill.repository, infill.file) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("marks", "pre", "suffix_first"),
+    [
+        ("<fim_prefix> <fim_suffix> <fim_middle> <file_sep>", "starcoder", False),
+        ("<fim_prefix> <fim_suffix> <fim_middle> <filename>", "mellum", True),
+        ("<[fim-prefix]> <[fim-suffix]> <[fim-middle]> <pad>", "seed-coder", True),
+        ("<|fim_prefix|> <|fim_suffix|> <|fim_middle|> <|file_separator|>", "default", False),
+        (
+            "<\uff5cfim\u2581begin\uff5c> <\uff5cfim\u2581hole\uff5c> <\uff5cfim\u2581end\uff5c> x",
+            "deepseek-coder",
+            False,
+        ),
+    ],
+)
+def test_infill_formats_of_families(
+    open_gguf: OpenGguf, gpt2_metadata: Metadata, marks: str, pre: str, suffix_first: bool
+) -> None:
+    metadata = gpt2_metadata(["a", *marks.split()], [], [NORMAL] + [CONTROL] * 4, pre)
+    infill = Tokenizer.from_gguf(open_gguf(metadata)).infill
+    assert infill is not None
+    assert infill.arrange([7], [8, 8]) == (
+        [2, 8, 8, 1, 7, 3] if suffix_first else [1, 7, 2, 8, 8, 3]
+    )
+    assert infill.end_ids == ({1, 2, 3, 4} if "file_" in marks else {1, 2, 3})
+
+
+def test_code_llama_puts_a_space_before_the_prompt_only(
+    open_gguf: OpenGguf, tiny_llama: Metadata
+) -> None:
+    marks = [f"\u2581<{mark}>" for mark in ("PRE", "SUF", "MID", "EOT")]
+    metadata = tiny_llama([*LETTERS, *marks], [*LETTER_SCORES, *[0.0] * 4])
+    ids = {mark: 259 + len(LETTERS) + i for i, mark in enumerate(marks)}
+    metadata["tokenizer.ggml.token_type"][[*ids.values()]] = CONTROL
+    tokenizer = Tokenizer.from_gguf(open_gguf(metadata))
+    pre, suf, mid, eot = ids.values()
+    assert eot in tokenizer.eos_ids
+    prompt = encode_infill(tokenizer, tokenizer.vocab_size, "a", "b").tolist()
+    a, b = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b"))
+    assert b"".join(map(tokenizer.token_bytes, b)) == b" b"
+    assert prompt[: 2 + len(a)] == [tokenizer.bos_id, pre, *a]
+    assert b"".join(map(tokenizer.token_bytes, prompt[3 + len(a) : -1])) == b"b"
+    assert (prompt[2 + len(a)], prompt[-1]) == (suf, mid)
 
 
 def test_words_that_are_tokens_are_taken_whole_where_the_family_does(

@@ -88,19 +88,48 @@ class KvCache:
         self._pages[dst] = self._pages[src]
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a step, or of the buffers that hold it."""
+
+    tokens: int
+    seqs: int
+    max_pages: int
+    num_words: int
+
+    def joined(self, other: _Sizes) -> _Sizes:
+        """Room for both; widths grow in powers of 2, since every growth costs a recording."""
+        return _Sizes(
+            tokens=max(self.tokens, other.tokens),
+            seqs=max(self.seqs, other.seqs),
+            max_pages=_grown(self.max_pages, other.max_pages),
+            num_words=_grown(self.num_words, other.num_words),
+        )
+
+
+def _grown(held: int, needed: int) -> int:
+    return held if needed <= held else 1 << (needed - 1).bit_length()
+
+
 class _Buffers:
     """Fixed memory of a step: recorded programs point into it."""
 
-    def __init__(self, config: DecoderConfig, tokens: int, seqs: int, max_pages: int) -> None:
+    def __init__(self, config: DecoderConfig, sizes: _Sizes) -> None:
+        tokens, seqs, num_words = sizes.tokens, sizes.seqs, sizes.num_words
         q_size = config.num_q_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        self.tokens, self.seqs, self.max_pages = tokens, seqs, max_pages
+        self.sizes = sizes
         self.token_ids = np.zeros(tokens, np.int32)
         self.positions = np.zeros(tokens, np.int32)
         self.slots = np.zeros(tokens, np.int64)
-        self.query_starts = np.zeros(seqs + 1, np.int32)
+        self.decode_starts = np.zeros(seqs + 1, np.int32)
+        self.prefill_starts = np.zeros(seqs + 1, np.int32)
         self.seq_lens = np.zeros(seqs, np.int32)
-        self.page_table = np.zeros((seqs, max_pages), np.int32)
+        self.page_table = np.zeros((seqs, sizes.max_pages), np.int32)
+        self.slot_starts = np.zeros(seqs, np.int32)
+        self.num_slots = np.zeros(seqs, np.int32)
+        self.visible = np.zeros((tokens, num_words), np.uint32)
+        self.slot_positions = np.zeros((seqs, 32 * num_words), np.int32)
         self.hidden = np.zeros((tokens, config.hidden_size), np.float32)
         self.normed = np.zeros((tokens, config.hidden_size), np.float32)
         self.qkv = np.zeros((tokens, q_size + 2 * kv_size), np.float32)
@@ -108,8 +137,35 @@ class _Buffers:
         self.gate_up = np.zeros((tokens, 2 * config.ffn_size), np.float32)
         self.activated = np.zeros((tokens, config.ffn_size), np.float32)
 
-    def holds(self, tokens: int, seqs: int, max_pages: int) -> bool:
-        return tokens <= self.tokens and seqs <= self.seqs and max_pages == self.max_pages
+    def fill(self, batch: Batch) -> None:
+        """Take the batch's arrays over; what lies beyond them is not read."""
+        num_tokens, num_seqs = len(batch.token_ids), len(batch.seq_lens)
+        num_decode, num_rows = batch.num_decode, batch.num_decode_rows
+        self.token_ids[:num_tokens] = batch.token_ids
+        self.positions[:num_tokens] = batch.positions
+        self.slots[:num_tokens] = batch.slots
+        self.seq_lens[:num_seqs] = batch.seq_lens
+        self.page_table[:num_seqs, : batch.page_table.shape[1]] = batch.page_table
+        self.prefill_starts[: num_seqs - num_decode + 1] = (
+            batch.query_starts[num_decode:] - num_rows
+        )
+        if batch.num_words:
+            self.decode_starts[: num_decode + 1] = batch.query_starts[: num_decode + 1]
+            self.slot_starts[:num_decode] = batch.slot_starts
+            self.num_slots[:num_decode] = batch.num_slots
+            self.visible[:num_rows, : batch.num_words] = batch.visible
+            self.slot_positions[:num_decode, : 32 * batch.num_words] = batch.slot_positions
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a recorded step depends on."""
+
+    num_tokens: int
+    num_seqs: int
+    num_decode: int
+    num_decode_rows: int
+    has_slots: bool
 
 
 class Decoder:
@@ -124,7 +180,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.threads = threads
-        self._programs: OrderedDict[tuple[int, ...], _core.Program] = OrderedDict()
+        self._programs: OrderedDict[_Shape | int, _core.Program] = OrderedDict()
         self._buffers: _Buffers | None = None
         self._kv: KvCache | None = None
         self._head_in = np.zeros((0, config.hidden_size), np.float32)
@@ -142,27 +198,24 @@ class Decoder:
     def forward(self, batch: Batch, kv: KvCache) -> FloatArray:
         """Return logits, float32 [num_logit_rows, vocab_size], valid until the next call."""
         _core.set_num_threads(self.threads)
-        num_tokens, num_seqs = len(batch.token_ids), len(batch.seq_lens)
-        b = self._fit_buffers(num_tokens, num_seqs, batch.page_table.shape[1], kv)
-        b.token_ids[:num_tokens] = batch.token_ids
-        b.positions[:num_tokens] = batch.positions
-        b.slots[:num_tokens] = batch.slots
-        b.seq_lens[:num_seqs] = batch.seq_lens
-        b.page_table[:num_seqs] = batch.page_table
-        num_decode = batch.num_decode
-        b.query_starts[: num_seqs - num_decode + 1] = batch.query_starts[num_decode:] - num_decode
-        self._run(
-            (0, num_tokens, num_seqs, num_decode),
-            lambda: self._layers(b, kv, num_tokens, num_seqs, num_decode),
+        shape = _Shape(
+            num_tokens=len(batch.token_ids),
+            num_seqs=len(batch.seq_lens),
+            num_decode=batch.num_decode,
+            num_decode_rows=batch.num_decode_rows,
+            has_slots=batch.num_words > 0,
         )
+        b = self._fit_buffers(batch, kv)
+        b.fill(batch)
+        self._run(shape, lambda: self._layers(b, kv, shape))
         num_rows = len(batch.logit_rows)
         self._fit_head(num_rows)
         np.take(b.hidden, batch.logit_rows, axis=0, out=self._head_in[:num_rows])
         if num_rows:
-            self._run((1, num_rows), lambda: self._head(num_rows))
+            self._run(num_rows, lambda: self._head(num_rows))
         return self._logits[:num_rows]
 
-    def _run(self, shape: tuple[int, ...], record: Callable[[], None]) -> None:
+    def _run(self, shape: _Shape | int, record: Callable[[], None]) -> None:
         program = self._programs.get(shape)
         if program is None:
             _core.start_recording()
@@ -177,17 +230,26 @@ class Decoder:
             self._programs.move_to_end(shape)
         program.run()
 
-    def _layers(
-        self, b: _Buffers, kv: KvCache, num_tokens: int, num_seqs: int, num_decode: int
-    ) -> None:
+    def _layers(self, b: _Buffers, kv: KvCache, shape: _Shape) -> None:
         """The forward pass up to the last layer's output."""
-        config, n = self.config, num_tokens
+        config, n = self.config, shape.num_tokens
+        num_seqs, num_decode, num_rows = shape.num_seqs, shape.num_decode, shape.num_decode_rows
         num_q, num_kv, dim = config.num_q_heads, config.num_kv_heads, config.head_dim
         eps, offset = config.norm_eps, config.norm_offset
         hidden, normed, positions = b.hidden[:n], b.normed[:n], b.positions[:n]
         heads = b.qkv[:n].reshape(n, num_q + 2 * num_kv, dim)
         query, key, value = np.split(heads, [num_q, num_q + num_kv], axis=1)
         attended = b.attended[:n].reshape(n, num_q, dim)
+        searches = {}
+        if shape.has_slots:
+            searches = {
+                "query_starts": b.decode_starts[: num_decode + 1],
+                "slot_starts": b.slot_starts[:num_decode],
+                "num_slots": b.num_slots[:num_decode],
+                "visible": b.visible[:num_rows],
+                "slot_positions": b.slot_positions[:num_decode],
+                "positions": positions[:num_rows],
+            }
         ops.embedding(
             b.token_ids[:n], self.weights.embedding, scale=config.embedding_scale, out=hidden
         )
@@ -210,25 +272,26 @@ class Decoder:
             ops.kv_write(key, value, keys, values, b.slots[:n])
             if num_decode:
                 ops.attention_decode(
-                    query[:num_decode],
+                    query[:num_rows],
                     keys,
                     values,
                     b.page_table[:num_decode],
                     b.seq_lens[:num_decode],
-                    out=attended[:num_decode],
+                    **searches,
+                    out=attended[:num_rows],
                     scale=config.attention_scale,
                     window=config.windows[idx],
                     softcap=config.attention_softcap,
                 )
             if num_seqs > num_decode:
                 ops.attention_prefill(
-                    query[num_decode:],
+                    query[num_rows:],
                     keys,
                     values,
                     b.page_table[num_decode:num_seqs],
                     b.seq_lens[num_decode:num_seqs],
-                    b.query_starts[: num_seqs - num_decode + 1],
-                    out=attended[num_decode:],
+                    b.prefill_starts[: num_seqs - num_decode + 1],
+                    out=attended[num_rows:],
                     scale=config.attention_scale,
                     window=config.windows[idx],
                     softcap=config.attention_softcap,
@@ -275,12 +338,17 @@ class Decoder:
         )
         ops.linear(x, self.weights.head, out=self._logits[:num_rows])
 
-    def _fit_buffers(self, tokens: int, seqs: int, max_pages: int, kv: KvCache) -> _Buffers:
+    def _fit_buffers(self, batch: Batch, kv: KvCache) -> _Buffers:
         b = self._buffers
-        if b is None or self._kv is not kv or not b.holds(tokens, seqs, max_pages):
-            if b is not None:
-                tokens, seqs = max(tokens, b.tokens), max(seqs, b.seqs)
-            b = _Buffers(self.config, tokens, seqs, max_pages)
+        needed = _Sizes(
+            tokens=len(batch.token_ids),
+            seqs=len(batch.seq_lens),
+            max_pages=batch.page_table.shape[1],
+            num_words=batch.num_words,
+        )
+        sizes = needed if b is None else b.sizes.joined(needed)
+        if b is None or self._kv is not kv or sizes != b.sizes:
+            b = _Buffers(self.config, sizes)
             self._buffers, self._kv = b, kv
             self._programs.clear()
         return b

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, overload
@@ -67,7 +67,7 @@ class Tokenizer:
         self.backend = backend
         self._literal: tokenizers.Tokenizer | None = None
         self._kinds = vocabulary.kinds.tobytes()
-        self._bytes_of_char = _bytes_of_char() if byte_level else None
+        self._byte_of_char = _byte_of_char() if byte_level else None
         self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -171,26 +171,41 @@ class Tokenizer:
         """Return the exact bytes that a token stands for, b"" for control and unused tokens."""
         found = self._token_bytes.get(token_id)
         if found is None:
-            found = self._token_bytes[token_id] = self._bytes_of(token_id)
+            kind = self._kind(token_id)
+            found = self._token_bytes[token_id] = self._bytes_of_text(self._text(token_id), kind)
         return found
+
+    def all_token_bytes(self) -> list[bytes]:
+        """Return the bytes of every token, as `token_bytes` does of one."""
+        names = [self._text(token_id) for token_id in range(self.vocab_size)]
+        others: Iterable[int] = range(self.vocab_size)
+        texts = [b""] * self.vocab_size
+        if self._byte_of_char is None and not any("\0" in name for name in names):
+            # All at once: a third of the time for Gemma's 262144 tokens.
+            texts = "\0".join(names).replace(_SPACE, " ").encode().split(b"\0")
+            others = np.flatnonzero(np.frombuffer(self._kinds, np.uint8) != NORMAL).tolist()
+        for token_id in others:
+            texts[token_id] = self._bytes_of_text(names[token_id], self._kinds[token_id])
+        return texts
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is a control token (or stands for the unknown), so has no text."""
         return self._kind(token_id) in (CONTROL, UNKNOWN)
 
-    def _bytes_of(self, token_id: int) -> bytes:
-        kind = self._kind(token_id)
+    def _bytes_of_text(self, text: str, kind: int) -> bytes:
         if kind in (CONTROL, UNKNOWN, UNUSED):
             return b""
-        text = self._text(token_id)
         if kind == BYTE:
             return bytes((int(text[3:5], 16),))
         if kind == USER_DEFINED:
             return text.encode()
-        if self._bytes_of_char is None:
+        if self._byte_of_char is None:
             return text.replace(_SPACE, " ").encode()
-        table = self._bytes_of_char
-        return b"".join(table.get(char) or char.encode() for char in text)
+        table = self._byte_of_char
+        try:
+            return bytes([table[char] for char in text])
+        except KeyError:
+            return b"".join(bytes((table[c],)) if c in table else c.encode() for c in text)
 
     def _kind(self, token_id: int) -> int:
         if not 0 <= token_id < self.vocab_size:
@@ -371,12 +386,12 @@ def _first_surrogate(text: str) -> int | None:
     return next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
 
 
-def _bytes_of_char() -> Mapping[str, bytes]:
+def _byte_of_char() -> Mapping[str, int]:
     """Byte-level BPE writes each byte as a character: itself where printable, else from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): bytes((byte,)) for byte in printable}
-    return table | {chr(0x100 + i): bytes((byte,)) for i, byte in enumerate(others)}
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 _BYTE_TEXTS = frozenset(f"<0x{byte:02X}>" for byte in range(256))

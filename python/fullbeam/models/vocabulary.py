@@ -30,6 +30,7 @@ _END_TEXTS = (
     "<|flush|>",
     "<EOT>",
     "_<EOT>",
+    "\u2581<EOT>",
     "[EOT]",
     "[EOS]",
     "[e~[",
@@ -55,6 +56,7 @@ _INFILL_TEXTS = {
         "\u2581<PRE>",
         "<|code_prefix|>",
         "<|prefix|>",
+        "<[fim-prefix]>",
     ),
     "suffix": (
         "<|fim_suffix|>",
@@ -65,6 +67,7 @@ _INFILL_TEXTS = {
         "\u2581<SUF>",
         "<|code_suffix|>",
         "<|suffix|>",
+        "<[fim-suffix]>",
     ),
     "middle": (
         "<|fim_middle|>",
@@ -75,11 +78,14 @@ _INFILL_TEXTS = {
         "\u2581<MID>",
         "<|code_middle|>",
         "<|middle|>",
+        "<[fim-middle]>",
     ),
     "pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "repository": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "file": ("<|file_sep|>",),
+    "file": ("<|file_sep|>", "<file_sep>", "<|file_separator|>"),
 }
+# Names of tokenizer.ggml.pre whose models were trained with the suffix before the prefix.
+_SUFFIX_FIRST = ("mellum", "seed-coder")
 _NO_TOKEN = 0xFFFFFFFF  # what some writers put for "none"
 
 
@@ -90,9 +96,22 @@ class InfillTokens:
     prefix: int
     suffix: int
     middle: int
-    pad: int | None
-    repository: int | None
-    file: int | None
+    pad: int | None = None
+    repository: int | None = None
+    file: int | None = None
+    suffix_first: bool = False
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that can only mean that the middle is over."""
+        ids = self.prefix, self.suffix, self.middle, self.pad, self.repository, self.file
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+    def arrange(self, before: Sequence[int], after: Sequence[int]) -> list[int]:
+        """Put the tokens before and after a gap into the order that the model knows."""
+        if self.suffix_first:
+            return [self.suffix, *after, self.prefix, *before, self.middle]
+        return [self.prefix, *before, self.suffix, *after, self.middle]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +166,13 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     infill = None
     if prefix is not None and suffix is not None and middle is not None:
         infill = InfillTokens(
-            prefix, suffix, middle, roles["pad"], roles["repository"], roles["file"]
+            prefix,
+            suffix,
+            middle,
+            roles["pad"],
+            roles["repository"],
+            roles["file"],
+            suffix_first=file.get("tokenizer.ggml.pre", str, "") in _SUFFIX_FIRST,
         )
     ends = set(find(_END_TEXTS, marks)) | set(find(_END_TEXTS_IF_CONTROL, (CONTROL,)))
     ends |= {i for role in ("pad", "repository", "file") if (i := roles[role]) is not None}
