@@ -3,7 +3,7 @@
 
 from functools import partial
 
-from fullbeam import CompletionParams, Engine
+from fullbeam import CompletionParams, Engine, Piece
 from fullbeam.models import open_model
 from fullbeam.models.catalog import resolve
 
@@ -15,7 +15,8 @@ texts: dict[str, str] = {}
 def collect(prompt: str, event: object) -> None:
     if isinstance(event, Exception):
         raise event
-    texts[prompt] = texts.get(prompt, "") + event.text  # type: ignore[attr-defined]
+    if isinstance(event, Piece):
+        texts[prompt] = texts.get(prompt, "") + event.text
 
 
 params = CompletionParams(max_tokens=12, temperature=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import fake_model
 from fullbeam.engine.engine import Engine
-from fullbeam.engine.sequence import Event, Request
+from fullbeam.engine.sequence import Event, Finished, Request
 from fullbeam.engine.text import Logprobs, Piece
 from fullbeam.params import CompletionParams
 
@@ -60,7 +60,8 @@ class Harness:
         for event in self.events[request]:
             if isinstance(event, Exception):
                 raise event
-            by_index.setdefault(event.index, []).append(event)
+            if isinstance(event, Piece):
+                by_index.setdefault(event.index, []).append(event)
         return [join(by_index[index]) for index in sorted(by_index)]
 
     def verify(self, request: Request) -> None:
@@ -69,10 +70,18 @@ class Harness:
         choices = self.choices(request)
         assert len(choices) == params.n
         ids = request.prompt_ids.tolist()
-        for number, piece in enumerate(choices):
-            wanted = fake_model.answer(
-                ids, params, prompt_index=request.prompt_index, choice=number
-            )
+        answers = [
+            fake_model.answer(ids, params, prompt_index=request.prompt_index, choice=number)
+            for number in range(params.num_candidates)
+        ]
+        num_tokens = sum(wanted["num_tokens"] for wanted in answers)
+        assert self.events[request][-1] == Finished(request.indices, num_tokens)
+        if params.num_candidates > params.n:
+            answers.sort(key=lambda wanted: -wanted["mean"])
+        for number, (piece, wanted) in enumerate(zip(choices, answers, strict=False)):
+            assert piece.index == request.prompt_index * params.n + number
+            if piece.score is not None:
+                assert piece.score == wanted["mean"]
             echoed = request.prompt_text if params.echo else ""
             assert piece.text == echoed + wanted["text"]
             for name in ("token_ids", "finish_reason", "stop_reason", "num_tokens"):
@@ -108,7 +117,8 @@ def join(pieces: list[Piece]) -> Piece:
         stop_reason=last.stop_reason,
         logprobs=logprobs,
         num_tokens=last.num_tokens,
-        mean_logprob=last.mean_logprob,
+        score=last.score,
+        prompt_logprobs=last.prompt_logprobs,
     )
 
 

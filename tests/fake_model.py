@@ -53,6 +53,7 @@ class FakeTokenizer:
     vocab_size = VOCAB_SIZE
     bos_id = BOS
     eos_ids = frozenset({EOS})
+    infill = None
     backend = SimpleNamespace(id_to_token=lambda idx: {BOS: "<bos>", EOS: "<eos>"}.get(idx))
 
     def encode(
@@ -70,6 +71,9 @@ class FakeTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         return PIECES[token_id]
+
+    def all_token_bytes(self) -> list[bytes]:
+        return PIECES
 
 
 class FakeKv:
@@ -113,12 +117,26 @@ class FakeDecoder:
         logits = np.empty((len(batch.logit_rows), VOCAB_SIZE), np.float32)
         owners = np.searchsorted(batch.query_starts, batch.logit_rows, side="right") - 1
         for idx, (row, owner) in enumerate(zip(batch.logit_rows, owners, strict=True)):
-            where = np.arange(batch.positions[row] + 1)
+            where = keys_of(batch, int(row), int(owner))
             slots = batch.page_table[owner][where // size] * size + where % size
             logits[idx] = _logits(flat[slots])
             if batch.token_ids[row] == self.nan_after:
                 logits[idx] = np.nan
         return logits
+
+
+def keys_of(batch: Batch, row: int, owner: int) -> Any:
+    """Indices of the keys that a row sees, in the order of their positions."""
+    if owner >= batch.num_decode or batch.num_words == 0 or batch.num_slots[owner] == 0:
+        return np.arange(batch.positions[row] + 1)
+    length = batch.seq_lens[owner]
+    words = batch.visible[row]
+    seen = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+    assert (seen < batch.num_slots[owner]).all()
+    positions = batch.slot_positions[owner][seen]
+    order = np.argsort(positions)
+    assert (positions[order] == np.arange(length, batch.positions[row] + 1)).all()
+    return np.concatenate([np.arange(length), batch.slot_starts[owner] + seen[order]])
 
 
 def check_batch(batch: Batch, shape: tuple[int, int]) -> None:
@@ -143,13 +161,26 @@ def check_batch(batch: Batch, shape: tuple[int, int]) -> None:
     assert batch.query_starts[0] == 0
     counts = np.diff(batch.query_starts)
     assert (counts >= 1).all()
-    assert (counts[: batch.num_decode] == 1).all()
+    has_slots = np.zeros(num_seqs, np.bool_)
+    if batch.num_words:
+        has_slots[: batch.num_decode] = batch.num_slots > 0
+        assert batch.visible.shape == (batch.num_decode_rows, batch.num_words)
+        assert batch.slot_positions.shape == (batch.num_decode, 32 * batch.num_words)
+        assert not batch.visible[~np.repeat(has_slots, counts)[: batch.num_decode_rows]].any()
+    assert (counts[: batch.num_decode][~has_slots[: batch.num_decode]] == 1).all()
     assert (counts[batch.num_decode :] > 1).all()
     assert len(np.unique(batch.slots)) == num_tokens, "two tokens share a slot"
     assert (np.diff(batch.logit_rows) > 0).all()
     for idx in range(num_seqs):
         start, end = batch.query_starts[idx], batch.query_starts[idx + 1]
         length = batch.seq_lens[idx]
+        if has_slots[idx]:
+            assert batch.slot_starts[idx] >= length
+            assert batch.slot_starts[idx] % size == 0
+            for row in range(start, end):  # a row's own token is the last that it sees
+                own = keys_of(batch, row, idx)[-1]
+                assert batch.slots[row] == batch.page_table[idx][own // size] * size + own % size
+            continue
         where = np.arange(length - (end - start), length)
         assert (batch.positions[start:end] == where).all()
         used = -(-length // size)
@@ -177,39 +208,38 @@ def answer(
         logits = history_logits(ids)[None]
         token_id = int(
             ops.sample(
-                logits,
+                edited(logits[0], prompt_ids, out, params, ends)[None],
                 temperature=np.float32([params.temperature]),
                 top_k=np.int32([params.top_k]),
                 top_p=np.float32([params.top_p]),
                 min_p=np.float32([params.min_p]),
                 seeds=np.uint64([(params.seed or 0) % 2**64]),
                 counters=np.uint32([[prompt_index, choice, len(ids)]]),
-            )[0]
+            ).token_ids[0]
         )
         values.append(float(ops.logprobs(logits, np.int32([token_id]))[0][0]))
         ids.append(token_id)
         out.append(token_id)
         if token_id in ends:
-            text = b"".join(PIECES[idx] for idx in out[:-1]).decode("utf-8", "replace")
-            starts.append(len(text))
+            text = shown(out if params.include_stop_str_in_output else out[:-1], params, final=True)
+            starts.append(len(shown(out[:-1], params, final=not params.include_stop_str_in_output)))
             reason, stop_reason = "stop", token_id if token_id in params.stop_ids else None
             break
         starts.append(len(text))
-        text = codecs.getincrementaldecoder("utf-8")("replace").decode(
-            b"".join(PIECES[idx] for idx in out)
-        )
-        found = [(text.find(stop), rank) for rank, stop in enumerate(params.stop_strings)]
+        text = shown(out, params)
+        first = len(params.prefix)
+        found = [(text.find(stop, first), rank) for rank, stop in enumerate(params.stop_strings)]
         found = [item for item in found if item[0] >= 0]
         if found:
             cut, rank = min(found)
-            text, reason, stop_reason = text[:cut], "stop", params.stop_strings[rank]
+            reason, stop_reason = "stop", params.stop_strings[rank]
+            text = text[: cut + len(stop_reason) * params.include_stop_str_in_output]
             break
     kept = len(out)
     if isinstance(stop_reason, str):
         kept = sum(start < len(text) for start in starts)
-    else:
-        body = out[:-1] if reason == "stop" else out
-        text = b"".join(PIECES[idx] for idx in body).decode("utf-8", "replace")
+    elif reason == "length":
+        text = shown(out, params, final=True)
     return {
         "text": text,
         "token_ids": out[:kept],
@@ -218,4 +248,45 @@ def answer(
         "num_tokens": len(out),
         "starts": starts[:kept],
         "token_logprobs": values[:kept],
+        "mean": sum(values) / max(1, len(values)),
     }
+
+
+def edited(
+    logits: Any, prompt_ids: list[int], out: list[int], params: CompletionParams, ends: set[int]
+) -> Any:
+    """The logits that a token is drawn from, before temperature."""
+    logits = logits.copy()
+    text = b"".join(PIECES[idx] for idx in out)
+    prefix = params.prefix.encode()
+    bad_words = [word.encode() for word in params.bad_strings]
+    for token_id in range(VOCAB_SIZE):
+        after = text + PIECES[token_id]
+        if (
+            (params.allowed_ids and token_id not in params.allowed_ids)
+            or (token_id in ends and len(out) < params.min_tokens)
+            or any(word in after[len(prefix) :] for word in bad_words)
+            or (len(text) < len(prefix) and after == text)
+            or after[: len(prefix)] != prefix[: len(after)]
+        ):
+            logits[token_id] = -np.inf
+    for token_id, value in params.biases:
+        logits[token_id] += np.float32(value)
+    penalty = np.float32(params.repetition_penalty)
+    for token_id in {*prompt_ids, *out}:
+        if logits[token_id] > 0:
+            logits[token_id] /= penalty
+        else:
+            logits[token_id] *= penalty
+    for token_id in set(out):
+        count = np.float32(out.count(token_id))
+        frequency, presence = np.float32([params.frequency_penalty, params.presence_penalty])
+        logits[token_id] -= count * frequency + presence
+    return logits
+
+
+def shown(token_ids: list[int], params: CompletionParams, *, final: bool = False) -> str:
+    """The text of generated tokens, but for a character that is not complete yet."""
+    names = {} if params.skip_special_tokens else {BOS: b"<bos>", EOS: b"<eos>"}
+    data = b"".join(names.get(idx, PIECES[idx]) for idx in token_ids)
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(data, final)

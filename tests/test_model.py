@@ -49,6 +49,31 @@ def wait_idle(model: Model) -> None:
     raise AssertionError("the engine does not come to rest")
 
 
+def test_best_of_counts_every_candidate_and_reports_scores(model: Model) -> None:
+    params = CompletionParams(max_tokens=8, seed=1, n=2, best_of=5)
+    result = model.complete("abc", params=params)
+    wanted = [fake_model.answer([BOS, 10], params, choice=number) for number in range(5)]
+    assert result.usage.completion_tokens == sum(answer["num_tokens"] for answer in wanted)
+    wanted.sort(key=lambda answer: -answer["mean"])
+    assert [choice.score for choice in result.choices] == [a["mean"] for a in wanted[:2]]
+    assert [choice.text for choice in result.choices] == [a["text"] for a in wanted[:2]]
+    assert [choice.index for choice in result.choices] == [0, 1]
+    assert result.choices[0].logprobs is None
+
+
+def test_prompt_logprobs_are_in_every_choice(model: Model) -> None:
+    result = model.complete("abc", max_tokens=2, n=2, prompt_logprobs=0, seed=1)
+    score = model.score("abc")
+    assert isinstance(score, fullbeam.Score)
+    for choice in result.choices:
+        assert choice.prompt_logprobs is not None
+        first, second = choice.prompt_logprobs
+        assert first is None
+        assert second is not None
+        assert second[10].decoded_token == "abc"
+        assert second[10].logprob == score.logprobs[1]
+
+
 def test_complete_text(model: Model) -> None:
     result = model.complete("abc", max_tokens=8, seed=1)
     wanted = fake_model.answer([BOS, 10], CompletionParams(max_tokens=8, seed=1))

@@ -20,6 +20,8 @@ def test_defaults() -> None:
     assert (params.stop_strings, params.stop_ids) == ((), ())
     assert not params.ignore_eos
     assert not params.echo
+    assert (params.num_candidates, params.num_top, params.is_search, params.width) == (1, -1, 0, 0)
+    assert not params.has_penalty
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,37 @@ def test_defaults() -> None:
         ("stop_token_ids", [-1]),
         ("logprobs", -1),
         ("logprobs", 101),
+        ("min_tokens", -1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 101),
+        ("logit_bias", {3: 100.5}),
+        ("logit_bias", {-1: 0}),
+        ("allowed_token_ids", [2**31]),
+        ("bad_words", ["x"] * 65),
+        ("best_of", -1),
+        ("best_of", 129),
+        ("prompt_logprobs", -2),
+        ("prompt_logprobs", 101),
+        ("context_len", 0),
+        ("context_len", -2),
+        ("beam_size", 0),
+        ("beam_size", 129),
+        ("diversity_groups", 0),
+        ("diversity_strength", -0.1),
+        ("diversity_strength", math.inf),
+        ("length_penalty", 11),
+        ("len_norm_base", -1),
+        ("len_norm_base", math.inf),
+        ("len_norm_pow", -11),
+        ("mode", "full_line"),
+        ("top_n", -1),
+        ("group_top_n", -1),
+        ("min_prefix_dist", 1.1),
+        ("min_edit_dist", -0.1),
+        ("keep_kinds", ["short", "best"]),
+        ("keep_kinds", []),
     ],
 )
 def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
@@ -74,6 +107,41 @@ def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
         ("ignore_eos", 1),
         ("logprobs", True),
         ("echo", "yes"),
+        ("min_tokens", 1.5),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", None),
+        ("repetition_penalty", True),
+        ("logit_bias", 3),
+        ("logit_bias", "ab"),
+        ("logit_bias", ["ab"]),
+        ("logit_bias", {"3": 1}),
+        ("logit_bias", {3: "1"}),
+        ("allowed_token_ids", None),
+        ("allowed_token_ids", ["a"]),
+        ("bad_words", 3),
+        ("best_of", 2.0),
+        ("include_stop_str_in_output", 1),
+        ("skip_special_tokens", None),
+        ("add_special_tokens", "no"),
+        ("prompt_logprobs", True),
+        ("suffix", b"x"),
+        ("prefix", None),
+        ("token_healing", 1),
+        ("context_len", 5.0),
+        ("beam_size", True),
+        ("diversity_groups", None),
+        ("diversity_strength", "1"),
+        ("length_penalty", "1"),
+        ("len_norm_base", []),
+        ("len_norm_pow", "2"),
+        ("mode", 1),
+        ("only_full_lines", 1),
+        ("group_answers", None),
+        ("top_n", 2.5),
+        ("group_top_n", "5"),
+        ("min_prefix_dist", "0"),
+        ("min_edit_dist", True),
+        ("keep_kinds", 5),
     ],
 )
 def test_values_of_a_wrong_kind_name_the_field(field: str, value: Any) -> None:
@@ -109,3 +177,103 @@ def test_frozen_comparable_and_copyable() -> None:
         params.n = 3  # type: ignore[misc]
     assert replace(params, n=3).n == 3
     assert copy.deepcopy(params) == pickle.loads(pickle.dumps(params)) == params
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "requirement"),
+    [
+        ({"min_tokens": 3, "max_tokens": 2}, "min_tokens", "at most max_tokens = 2"),
+        ({"best_of": 2, "n": 3}, "best_of", "at least n = 3"),
+        ({"best_of": 2, "beam_size": 2}, "best_of", "left out beside beam_size"),
+        ({"temperature": 0, "beam_size": 2}, "temperature", "left out beside beam_size"),
+        ({"presence_penalty": 1, "beam_size": 2}, "presence_penalty", "left out beside beam_size"),
+        ({"diversity_groups": 2}, "diversity_groups", "left out unless beam_size is given"),
+        ({"diversity_strength": 1}, "diversity_strength", "left out unless beam_size is given"),
+        ({"length_penalty": 0.5}, "length_penalty", "left out unless beam_size is given"),
+        ({"len_norm_base": 0.5}, "len_norm_base", "left out unless beam_size is given"),
+        ({"mode": "FULL_LINE"}, "mode", "left out unless beam_size is given"),
+        ({"top_n": None}, "top_n", "left out unless beam_size is given"),
+        ({"beam_size": 2, "top_n": 3}, "top_n", "left out unless mode is given"),
+        ({"beam_size": 2, "group_answers": True}, "group_answers", "left out unless mode"),
+        ({"beam_size": 2, "mode": "FULL_LINE", "n": 2}, "n", "left out beside mode"),
+        (
+            {"beam_size": 2, "length_penalty": 1, "len_norm_pow": 0.7},
+            "length_penalty",
+            "left out beside len_norm_base and len_norm_pow",
+        ),
+        (
+            {"beam_size": 2, "diversity_groups": 2, "n": 5},
+            "n",
+            r"at most beam_size \* diversity_groups = 4",
+        ),
+        ({"beam_size": 33, "diversity_groups": 4}, "diversity_groups", "at most 128 / beam_size"),
+    ],
+)
+def test_values_that_do_not_go_together(
+    fields: dict[str, Any], field: str, requirement: str
+) -> None:
+    with pytest.raises(ParameterError, match=f"{field} must be {requirement}.*, got ") as caught:
+        CompletionParams(**fields)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"beam_size": 1}, "beam_size"),
+        ({"best_of": 3, "n": 2}, "best_of"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+    ],
+)
+def test_what_cannot_be_streamed(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(ParameterError, match="left out of a streamed completion") as caught:
+        CompletionParams(**fields).check_stream()
+    assert caught.value.field == field
+    CompletionParams(n=2, best_of=2, logprobs=1).check_stream()
+
+
+@pytest.mark.parametrize(("best_of", "n", "expected"), [(0, 3, 3), (1, 3, 3), (3, 3, 3), (5, 3, 5)])
+def test_candidates(best_of: int, n: int, expected: int) -> None:
+    params = CompletionParams(best_of=best_of, n=n)
+    assert params.num_candidates == expected
+    assert params.num_top == (0 if expected > n else -1)  # ranking takes log-probabilities
+    assert replace(params, logprobs=2).num_top == 2
+
+
+def test_biases_are_plain_pairs_and_can_be_given_again() -> None:
+    params = CompletionParams(logit_bias={np.int64(7): 1, 3: np.float32(-0.5)})  # type: ignore[dict-item]
+    assert params.biases == ((3, -0.5), (7, 1.0))
+    assert replace(params, n=2).biases == params.biases
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_penalties_need_the_tokens_so_far(name: str) -> None:
+    assert CompletionParams(**{name: 1.5}).has_penalty  # type: ignore[arg-type]
+
+
+def test_how_a_search_ranks() -> None:
+    def ranking(**fields: Any) -> tuple[Any, float]:
+        params = CompletionParams(beam_size=2, **fields)
+        return params.len_norm, params.length_rank
+
+    assert ranking() == (None, 1.0)
+    assert ranking(length_penalty=0) == (None, 0.0)
+    assert ranking(len_norm_base=2) == ((2.0, 2.0), 1.0)
+    assert ranking(len_norm_pow=0) == ((0.3, 0.0), 1.0)
+    assert ranking(mode="ONE_TOKEN") == ((0.3, 2.0), 1.0)
+    assert ranking(mode="ONE_TOKEN", length_penalty=0.5) == (None, 0.5)
+
+
+def test_when_suggestions_are_alike() -> None:
+    def alike(**fields: Any) -> tuple[float, float] | None:
+        return CompletionParams(beam_size=2, mode="FULL_LINE", **fields).alike
+
+    assert alike() is None
+    assert alike(min_prefix_dist=0, min_edit_dist=0) is None
+    assert alike(group_answers=True) == (0.2, 0.0)
+    assert alike(group_answers=True, min_edit_dist=0.5) == (0.0, 0.5)
+    assert alike(min_prefix_dist=0.3) == (0.3, 0.0)
+
+
+def test_an_empty_suffix_is_none() -> None:
+    assert CompletionParams(suffix="").suffix is None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fullbeam import ops
     from fullbeam.engine.engine import Engine
-    from fullbeam.engine.text import Piece
+    from fullbeam.engine.text import Piece, RankedLogprob
     from fullbeam.model import Model, load
     from fullbeam.params import CompletionParams
     from fullbeam.results import Choice, Completion, Score, Usage
@@ -23,6 +23,7 @@ __all__ = [
     "Engine",
     "Model",
     "Piece",
+    "RankedLogprob",
     "Score",
     "Usage",
     "__version__",
@@ -37,6 +38,7 @@ _HOMES = {
     "Engine": "fullbeam.engine.engine",
     "Model": "fullbeam.model",
     "Piece": "fullbeam.engine.text",
+    "RankedLogprob": "fullbeam.engine.text",
     "Score": "fullbeam.results",
     "Usage": "fullbeam.results",
     "load": "fullbeam.model",

@@ -230,7 +230,7 @@ class _Call:
         self._model = model  # keeps the engine's thread alive
         self.requests = model.submit(prompt, params, stream=stream, on_event=on_event)
         num_prompt_tokens = sum(request.num_prompt_tokens for request in self.requests)
-        self._tally = Tally(num_prompt_tokens, params.n * len(self.requests))
+        self._tally = Tally(num_prompt_tokens, len(self.requests))
 
     @property
     def usage(self) -> Usage:
@@ -247,13 +247,13 @@ class _Call:
         """Stop the work of a stream that nobody reads any more."""
         self.close()
 
-    def _accept(self, event: Event) -> Piece:
+    def _accept(self, event: Event) -> Piece | None:
         if isinstance(event, Exception):
             self._tally.num_open = 0
             self.close()
             raise event
         self._tally.add(event)
-        return event
+        return event if isinstance(event, Piece) else None
 
 
 class CompletionStream(_Call, Iterator[Piece]):
@@ -267,14 +267,16 @@ class CompletionStream(_Call, Iterator[Piece]):
 
     def __next__(self) -> Piece:
         """Wait for the next piece."""
-        if self._tally.num_open == 0:
-            raise StopIteration
-        try:
-            event = self._events.get()
-        except BaseException:
-            self.close()
-            raise
-        return self._accept(event)
+        while self._tally.num_open > 0:
+            try:
+                event = self._events.get()
+            except BaseException:
+                self.close()
+                raise
+            piece = self._accept(event)
+            if piece is not None:
+                return piece
+        raise StopIteration
 
     def __enter__(self) -> CompletionStream:
         """Return the stream itself."""
@@ -307,14 +309,16 @@ class AsyncCompletionStream(_Call, AsyncIterator[Piece]):
 
     async def __anext__(self) -> Piece:
         """Wait for the next piece."""
-        if self._tally.num_open == 0:
-            raise StopAsyncIteration
-        try:
-            event = await self._events.get()
-        except BaseException:
-            self.close()
-            raise
-        return self._accept(event)
+        while self._tally.num_open > 0:
+            try:
+                event = await self._events.get()
+            except BaseException:
+                self.close()
+                raise
+            piece = self._accept(event)
+            if piece is not None:
+                return piece
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
         """Stop what is not done."""

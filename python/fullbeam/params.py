@@ -4,21 +4,16 @@
 from __future__ import annotations
 
 import difflib
-import math
-import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
+
+from fullbeam import checks
+from fullbeam.checks import ParameterError as ParameterError
 
 DEFAULT_MAX_TOKENS = 16
-
-
-class ParameterError(ValueError):
-    """A parameter whose value is out of range; `field` is its name."""
-
-    def __init__(self, field: str, requirement: str, value: object) -> None:
-        super().__init__(f"CompletionParams: {field} must be {requirement}, got {value!r}")
-        self.field = field
+MAX_WIDTH = 128
+"""Most choices, candidates or hypotheses of a prompt."""
 
 
 class ContextLengthError(ValueError):
@@ -38,18 +33,21 @@ class ContextLengthError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionParams:
-    """How to complete a prompt.
+    """How to complete a prompt: by drawing tokens or, where `beam_size` is given, by a search.
 
     Raises
     ------
     TypeError
         For an unknown field, or a value of the wrong kind; the message names the field.
     ParameterError
-        For a value out of range (a `ValueError` with the name in `.field`).
+        For a value out of range, or one that does nothing beside the others (a `ValueError` with
+        the name in `.field`).
     """
 
     max_tokens: int | None = None
     """Most tokens to generate, >= 0. None: 16, or what the prompt leaves of the context if less."""
+    min_tokens: int = 0
+    """Tokens before which no end token and no token of `stop_token_ids` comes, <= `max_tokens`."""
     temperature: float = 1.0
     """Sharpness of the draw, 0..2. 0 takes the most likely token, ties to the lowest id."""
     top_p: float = 1.0
@@ -58,20 +56,78 @@ class CompletionParams:
     """Draw from this many most likely tokens, >= -1. 0 and -1 switch it off."""
     min_p: float = 0.0
     """Draw from tokens at least this likely relative to the most likely one, 0..1. 0: off."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that was generated before, -2..2."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit as often as it was generated before, -2..2."""
+    repetition_penalty: float = 1.0
+    """Divides logits > 0, multiplies others, of tokens in prompt or text, 0.01..100. 1: off."""
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] | None = None
+    """Token ids with what is added to their logits, -100..100."""
+    allowed_token_ids: Iterable[int] = ()
+    """The only tokens that may be generated. Empty: all."""
+    bad_words: str | Iterable[str] | None = None
+    """Strings that are not generated, at most 64; empty ones are ignored."""
     seed: int | None = None
     """Key of the random draws, 64-bit signed: same request, same answer. None: random."""
     n: int = 1
     """Choices for each prompt, 1..128."""
+    best_of: int | None = None
+    """Draw this many candidates, return the `n` likeliest per token, `n`..128. None, 0, 1: `n`."""
     stop: str | Iterable[str] | None = None
     """Strings that end the text, which is cut before them. At most 64; empty ones are ignored."""
     stop_token_ids: Iterable[int] = ()
     """Tokens that end the text without being part of it, besides the model's end tokens."""
+    include_stop_str_in_output: bool = False
+    """Cut the text after the stop string rather than before it."""
     ignore_eos: bool = False
     """Generate past the model's end-of-text tokens."""
+    skip_special_tokens: bool = True
+    """Leave control tokens out of the text; False: their names appear in it."""
+    add_special_tokens: bool = True
+    """Start a text prompt with the model's start-of-document token, if it has one."""
     logprobs: int | None = None
     """Report log-probabilities of each token and of this many likeliest ones, 0..100. None: off."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt, by token id, -1..100. -1: all tokens. None: off."""
     echo: bool = False
     """Put the prompt before the completion, with its log-probabilities if `logprobs` is given."""
+    suffix: str | None = None
+    """Text that follows the completion: the model fills in the middle. None, "": nothing."""
+    prefix: str = ""
+    """What the text starts with: the completion is held to it, token by token."""
+    token_healing: bool = False
+    """Choose the end of a text prompt anew, held to its characters: it may be half a token."""
+    context_len: int | None = None
+    """Most prompt tokens to keep, from the end, >= 1. -1: what fits. None: refuse what does not."""
+    beam_size: int | None = None
+    """Search with this many hypotheses in each group, 1..128. None: draw."""
+    diversity_groups: int = 1
+    """Groups of hypotheses, each kept from the tokens of those before it. All in all up to 128."""
+    diversity_strength: float = 0.3
+    """Taken off a token's log-probability for each hypothesis of earlier groups with it, 0..100."""
+    length_penalty: float | None = None
+    """Rank by log-probability / tokens ** this, -10..10. None: 1, or `len_norm_base` and `_pow`."""
+    len_norm_base: float | None = None
+    """Rank by exp(log-probability / ((base + tokens) / (base + 1)) ** pow), > -1. None: 0.3."""
+    len_norm_pow: float | None = None
+    """See `len_norm_base`, -10..10; 0: the bare probability. None: 2."""
+    mode: str | None = None
+    """Suggest code: "FULL_LINE" to the line's end, "ONE_TOKEN" one word. None: texts to the end."""
+    only_full_lines: bool = True
+    """Suggest finished lines only; False: unfinished ones, too, cut at their last word's end."""
+    group_answers: bool = False
+    """Merge suggestions that are alike."""
+    top_n: int | None = 5
+    """Most suggestions, >= 0. None: all."""
+    group_top_n: int | None = 5
+    """Most suggestions of each diversity group, >= 0. None: all."""
+    min_prefix_dist: float | None = None
+    """Suggestions are alike with less than this share after their common start, 0..1."""
+    min_edit_dist: float | None = None
+    """Suggestions are alike with less than this share of edits between them, 0..1."""
+    keep_kinds: Iterable[str] = ("short", "prob")
+    """Of those that are alike: the "short"est, the most "prob"able, the "long"est."""
 
     def __new__(cls, **given: Any) -> CompletionParams:
         """Refuse unknown names, with the closest known one."""
@@ -84,94 +140,232 @@ class CompletionParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check every field and bring it to its plain type."""
-        if self.max_tokens is not None:
-            self._set("max_tokens", _integer("max_tokens", self.max_tokens, 0, None))
-        self._set("temperature", _number("temperature", self.temperature, 0.0, 2.0))
-        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0))
-        self._set("top_k", max(0, _integer("top_k", self.top_k, -1, 2**31 - 1)))
-        self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
-        if self.seed is not None:
-            self._set("seed", _integer("seed", self.seed, -(2**63), 2**63 - 1))
-        self._set("n", _integer("n", self.n, 1, 128))
-        self._set("stop", _strings("stop", self.stop, 64))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        self._set("ignore_eos", _flag("ignore_eos", self.ignore_eos))
+        """Check every field, bring it to its plain type, and check the fields together."""
+        for field in fields(self):
+            value = _CHECKS[field.name](field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            bound = f"at most max_tokens = {self.max_tokens}"
+            raise ParameterError("min_tokens", bound, self.min_tokens)
+        if self.best_of is not None and self.best_of < self.n:
+            raise ParameterError("best_of", f"at least n = {self.n}", self.best_of)
+        if self.is_search:
+            self._check_search()
+        else:
+            self._refuse(_SEARCH_FIELDS, "left out unless beam_size is given")
+
+    def _check_search(self) -> None:
+        if self.width > MAX_WIDTH:
+            bound = f"at most {MAX_WIDTH} / beam_size"
+            raise ParameterError("diversity_groups", bound, self.diversity_groups)
+        self._refuse(_DRAW_FIELDS, "left out beside beam_size: a search draws nothing")
+        if self.len_norm_base is not None or self.len_norm_pow is not None:
+            self._refuse(("length_penalty",), "left out beside len_norm_base and len_norm_pow")
+        if self.mode is not None:
+            self._refuse(("n",), "left out beside mode: top_n is the number of suggestions")
+            return
+        self._refuse(_MODE_FIELDS, "left out unless mode is given")
+        if self.n > self.width:
+            bound = f"at most beam_size * diversity_groups = {self.width}"
+            raise ParameterError("n", bound, self.n)
+
+    def _refuse(self, names: Iterable[str], requirement: str) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in names and value != field.default:
+                raise ParameterError(field.name, requirement, value)
+
+    def check_stream(self) -> None:
+        """Refuse what is only known when everything is done.
+
+        Raises
+        ------
+        ParameterError
+            For a search, more candidates than choices, and log-probabilities of the prompt.
+        """
+        requirement = "left out of a streamed completion"
+        if self.is_search:
+            raise ParameterError("beam_size", requirement, self.beam_size)
+        if self.num_candidates > self.n:
+            raise ParameterError("best_of", requirement, self.best_of)
+        if self.prompt_logprobs is not None:
+            raise ParameterError("prompt_logprobs", requirement, self.prompt_logprobs)
+
+    @property
+    def is_search(self) -> bool:
+        """Whether hypotheses are searched rather than tokens drawn."""
+        return self.beam_size is not None
+
+    @property
+    def width(self) -> int:
+        """Hypotheses of a search that live at once, in all groups."""
+        return (self.beam_size or 0) * self.diversity_groups
+
+    @property
+    def num_candidates(self) -> int:
+        """Texts to draw, of which `n` are returned."""
+        return max(self.n, self.best_of or 0)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @property
+    def num_top(self) -> int:
+        """How many log-probabilities a draw reports besides its own; -1: not even that."""
         if self.logprobs is not None:
-            self._set("logprobs", _integer("logprobs", self.logprobs, 0, 100))
-        self._set("echo", _flag("echo", self.echo))
-
-    def _set(self, field: str, value: object) -> None:
-        object.__setattr__(self, field, value)
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The strings of `stop`, without empty ones."""
-        return self.stop  # type: ignore[return-value]  # brought to this type by __post_init__
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The ids of `stop_token_ids`."""
-        return self.stop_token_ids  # type: ignore[return-value]
+            return self.logprobs
+        return 0 if self.num_candidates > self.n else -1
 
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether the prompt's own tokens are to be scored."""
-        return self.echo and self.logprobs is not None
+        return self.prompt_logprobs is not None or (self.echo and self.logprobs is not None)
+
+    @property
+    def num_top_scored(self) -> int:
+        """How many log-probabilities a token of the prompt is scored with; -1: all."""
+        if self.prompt_logprobs == -1:
+            return -1
+        return max(self.prompt_logprobs or 0, (self.echo and self.logprobs) or 0)
+
+    @property
+    def len_norm(self) -> tuple[float, float] | None:
+        """Base and power of the length normalisation; None: `length_rank` says how to rank."""
+        base, power = self.len_norm_base, self.len_norm_pow
+        if (
+            base is None
+            and power is None
+            and (self.mode is None or self.length_penalty is not None)
+        ):
+            return None
+        return 0.3 if base is None else base, 2.0 if power is None else power
+
+    @property
+    def length_rank(self) -> float:
+        """Power of the token count that a log-probability is divided by."""
+        return 1.0 if self.length_penalty is None else self.length_penalty
+
+    @property
+    def alike(self) -> tuple[float, float] | None:
+        """Prefix and edit distance below which suggestions are merged; None: none are."""
+        given = self.min_prefix_dist, self.min_edit_dist
+        if self.group_answers and given == (None, None):
+            return 0.2, 0.0
+        prefix, edit = given[0] or 0.0, given[1] or 0.0
+        return (prefix, edit) if self.group_answers or prefix > 0 or edit > 0 else None
+
+    # Fields as __post_init__ left them, where their types allow more at the door.
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings of `stop`, without empty ones."""
+        return cast("tuple[str, ...]", self.stop)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids of `stop_token_ids`."""
+        return cast("tuple[int, ...]", self.stop_token_ids)
+
+    @property
+    def allowed_ids(self) -> tuple[int, ...]:
+        """The ids of `allowed_token_ids`."""
+        return cast("tuple[int, ...]", self.allowed_token_ids)
+
+    @property
+    def bad_strings(self) -> tuple[str, ...]:
+        """The strings of `bad_words`, without empty ones."""
+        return cast("tuple[str, ...]", self.bad_words)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """Pairs of `logit_bias`, in the order of their ids."""
+        return cast("tuple[tuple[int, float], ...]", self.logit_bias)
+
+    @property
+    def kept_kinds(self) -> tuple[str, ...]:
+        """The words of `keep_kinds`."""
+        return cast("tuple[str, ...]", self.keep_kinds)
 
 
-def _kind(field: str, kind: str, value: object) -> TypeError:
-    return TypeError(f"CompletionParams: {field} must be {kind}, got {type(value).__name__}")
+# Fields that mean something with a mode only, in a search only, in a draw only.
+_MODE_FIELDS = (
+    "only_full_lines",
+    "group_answers",
+    "top_n",
+    "group_top_n",
+    "min_prefix_dist",
+    "min_edit_dist",
+    "keep_kinds",
+)
+_SEARCH_FIELDS = (
+    "diversity_groups",
+    "diversity_strength",
+    "length_penalty",
+    "len_norm_base",
+    "len_norm_pow",
+    "mode",
+    *_MODE_FIELDS,
+)
+_DRAW_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "best_of",
+)
 
 
-def _integer(field: str, value: object, low: int, high: int | None) -> int:
-    if isinstance(value, bool):
-        raise _kind(field, "an integer", value)
-    try:
-        result = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise _kind(field, "an integer", value) from None
-    if result < low or (high is not None and result > high):
-        bound = f"at least {low}" if high is None else f"in {low}..{high}"
-        raise ParameterError(field, bound, value)
-    return result
+def _best_of(field: str, value: object) -> int | None:
+    number: int = checks.integer(0, MAX_WIDTH)(field, value)
+    return number if number > 1 else None  # some clients always send 1, whatever n is
 
 
-def _number(field: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, (bool, str, bytes)):
-        raise _kind(field, "a number", value)
-    try:
-        result = float(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise _kind(field, "a number", value) from None
-    if not math.isfinite(result) or not low <= result <= high:
-        raise ParameterError(field, f"in {low:g}..{high:g}", value)
-    return result
-
-
-def _flag(field: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _kind(field, "True or False", value)
-    return value
-
-
-def _strings(field: str, value: object, limit: int) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, bytearray)):
-        raise _kind(field, "a string or several", value)
-    strings = tuple(value)
-    for item in strings:
-        if not isinstance(item, str):
-            raise _kind(field, "a string or several", item)
-    if len(strings) > limit:
-        raise ParameterError(field, f"at most {limit} strings", len(strings))
-    return tuple(dict.fromkeys(item for item in strings if item))
-
-
-def _token_ids(field: str, value: object) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise _kind(field, "several token ids", value)
-    return tuple(_integer(field, item, 0, 2**31 - 1) for item in value)
+_CHECKS: Mapping[str, checks.Check] = {
+    "max_tokens": checks.optional(checks.integer(0)),
+    "min_tokens": checks.integer(0),
+    "temperature": checks.number(0, 2),
+    "top_p": checks.number(0, 1),
+    "top_k": lambda field, value: max(0, checks.integer(-1, 2**31 - 1)(field, value)),
+    "min_p": checks.number(0, 1),
+    "presence_penalty": checks.number(-2, 2),
+    "frequency_penalty": checks.number(-2, 2),
+    "repetition_penalty": checks.number(0.01, 100),
+    "logit_bias": checks.biases,
+    "allowed_token_ids": checks.token_ids,
+    "bad_words": checks.strings,
+    "seed": checks.optional(checks.integer(-(2**63), 2**63 - 1)),
+    "n": checks.integer(1, MAX_WIDTH),
+    "best_of": checks.optional(_best_of),
+    "stop": checks.strings,
+    "stop_token_ids": checks.token_ids,
+    "include_stop_str_in_output": checks.flag,
+    "ignore_eos": checks.flag,
+    "skip_special_tokens": checks.flag,
+    "add_special_tokens": checks.flag,
+    "logprobs": checks.optional(checks.integer(0, 100)),
+    "prompt_logprobs": checks.optional(checks.integer(-1, 100)),
+    "echo": checks.flag,
+    "suffix": checks.optional(lambda field, value: checks.text(field, value) or None),
+    "prefix": checks.text,
+    "token_healing": checks.flag,
+    "context_len": checks.optional(checks.context_len),
+    "beam_size": checks.optional(checks.integer(1, MAX_WIDTH)),
+    "diversity_groups": checks.integer(1, MAX_WIDTH),
+    "diversity_strength": checks.number(0, 100),
+    "length_penalty": checks.optional(checks.number(-10, 10)),
+    "len_norm_base": checks.optional(checks.number(-1, above=True)),
+    "len_norm_pow": checks.optional(checks.number(-10, 10)),
+    "mode": checks.optional(checks.one_of("FULL_LINE", "ONE_TOKEN")),
+    "only_full_lines": checks.flag,
+    "group_answers": checks.flag,
+    "top_n": checks.optional(checks.integer(0)),
+    "group_top_n": checks.optional(checks.integer(0)),
+    "min_prefix_dist": checks.optional(checks.number(0, 1)),
+    "min_edit_dist": checks.optional(checks.number(0, 1)),
+    "keep_kinds": checks.kinds,
+}

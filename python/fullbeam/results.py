@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fullbeam.engine.text import Logprobs, Piece
+from fullbeam.engine.sequence import Finished
+from fullbeam.engine.text import Logprobs, Piece, RankedLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,7 @@ class Usage:
     prompt_tokens: int
     """Tokens of the prompts, each counted once."""
     completion_tokens: int
-    """Every generated token of every choice, end tokens included."""
+    """Every generated token of every choice and candidate, end tokens included."""
 
     @property
     def total_tokens(self) -> int:
@@ -38,7 +39,10 @@ class Choice:
     """The stop string or stop token id that ended the text."""
     logprobs: Logprobs | None
     score: float | None
-    """Mean log-probability of the generated tokens, where `logprobs` were asked for."""
+    """Mean log-probability of the generated tokens, where `logprobs` or `best_of` asked for it;
+    after a search, what its results are ranked by."""
+    prompt_logprobs: list[dict[int, RankedLogprob] | None] | None = None
+    """Where asked for, tokens in each place of the prompt by id; None in the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,22 +74,28 @@ class Score:
 
 @dataclass(slots=True)
 class Tally:
-    """Keeps count of a call's pieces."""
+    """Keeps count of a call's events."""
 
     num_prompt_tokens: int
-    num_open: int  # choices whose last piece is still to come
-    num_generated: dict[int, int] = field(default_factory=dict)  # by choice index
+    num_open: int  # prompts that are not finished
+    num_finished_tokens: int = 0  # generated for the prompts that are
+    num_generated: dict[int, int] = field(default_factory=dict)  # by choice index, of the others
 
-    def add(self, piece: Piece) -> None:
-        """Count a piece."""
-        self.num_generated[piece.index] = piece.num_tokens
-        if piece.finish_reason is not None:
-            self.num_open -= 1
+    def add(self, event: Piece | Finished) -> None:
+        """Count a piece, or the end of a prompt."""
+        if isinstance(event, Piece):
+            self.num_generated[event.index] = event.num_tokens
+            return
+        self.num_open -= 1
+        self.num_finished_tokens += event.num_tokens
+        for index in event.indices:
+            self.num_generated.pop(index, None)
 
     @property
     def usage(self) -> Usage:
         """Counts so far."""
-        return Usage(self.num_prompt_tokens, sum(self.num_generated.values()))
+        num_generated = self.num_finished_tokens + sum(self.num_generated.values())
+        return Usage(self.num_prompt_tokens, num_generated)
 
 
 def as_choice(piece: Piece) -> Choice:
@@ -98,5 +108,6 @@ def as_choice(piece: Piece) -> Choice:
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
         logprobs=piece.logprobs,
-        score=piece.mean_logprob,
+        score=piece.score,
+        prompt_logprobs=piece.prompt_logprobs,
     )

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 import fake_model
-from engine_harness import Harness
+from engine_harness import Harness, prompt_logprobs
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
-from fullbeam.engine.sequence import RequestCancelled
-from fullbeam.params import CompletionParams, ContextLengthError
+from fullbeam.engine.sequence import Finished, RequestCancelled
+from fullbeam.engine.text import Piece
+from fullbeam.models.vocabulary import InfillTokens
+from fullbeam.params import CompletionParams, ContextLengthError, ParameterError
 
 LONG: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 
@@ -32,6 +34,23 @@ LONG: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
         {"seed": 9, "stop_token_ids": [2, 3], "logprobs": 1},
         {"seed": 10, "ignore_eos": True, "max_tokens": 60},
         {"seed": 11, "echo": True},
+        {"seed": 12, "min_tokens": 20},
+        {"seed": 13, "min_tokens": 9, "stop_token_ids": [2, 8], "ignore_eos": True},
+        {"seed": 14, "presence_penalty": 1.5, "ignore_eos": True},
+        {"temperature": 0, "frequency_penalty": 0.75, "ignore_eos": True},
+        {"temperature": 0, "frequency_penalty": -2, "ignore_eos": True},
+        {"temperature": 0, "repetition_penalty": 1.5, "ignore_eos": True, "n": 2},
+        {"seed": 15, "repetition_penalty": 0.5, "presence_penalty": -1, "logprobs": 2},
+        {"seed": 16, "logit_bias": {1: -100, 3: 3, 8: 2.5}, "logprobs": 1},
+        {"seed": 17, "allowed_token_ids": [1, 2, 3, 9, 20], "n": 2},
+        {"seed": 18, "bad_words": ["a", "dd", "€", "b c"], "ignore_eos": True},
+        {"seed": 19, "prefix": "abcd", "logprobs": 0, "stop": "b"},
+        {"seed": 20, "stop": ["ab", "d"], "include_stop_str_in_output": True, "logprobs": 0},
+        {"seed": 21, "include_stop_str_in_output": True, "stop_token_ids": [3, 20], "logprobs": 0},
+        {"seed": 22, "skip_special_tokens": False, "ignore_eos": True, "stop": "<eos>"},
+        {"seed": 23, "skip_special_tokens": False, "include_stop_str_in_output": True},
+        {"seed": 24, "logprobs": 100},
+        {"seed": 25, "n": 2, "best_of": 2},
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -52,7 +71,7 @@ def test_stream_gives_text_as_it_comes_and_otherwise_one_piece_a_choice() -> Non
     whole = harness.submit("abc", max_tokens=20, **LONG)
     harness.run()
     assert len(harness.events[streamed]) > 8
-    assert len(harness.events[whole]) == 1
+    assert [type(event) for event in harness.events[whole]] == [Piece, Finished]
     assert harness.choices(streamed) == harness.choices(whole)
 
 
@@ -247,7 +266,7 @@ def test_cancel_of_a_waiting_and_of_a_finished_request() -> None:
     assert [type(event) for event in harness.events[second]] == [RequestCancelled]
     harness.engine.cancel(first)
     harness.run()
-    assert len(harness.events[first]) == 1
+    assert [type(event) for event in harness.events[first]] == [Piece, Finished]
 
 
 def test_cancel_from_a_callback() -> None:
@@ -379,9 +398,139 @@ def test_bad_prompts(prompt: Any, error: type[Exception], text: str) -> None:
         Harness().submit(prompt)
 
 
-def test_stop_token_outside_the_vocabulary() -> None:
-    with pytest.raises(ValueError, match=r"stop_token_ids must be in 0..22, got 23"):
-        Harness().submit("a", stop_token_ids=[23])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("stop_token_ids", [23]), ("allowed_token_ids", [2, 23]), ("logit_bias", {23: 1})],
+)
+def test_ids_outside_the_vocabulary(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field} must be in 0..22, got 23"):
+        Harness().submit("a", **{field: value})
+    Harness().submit("a", stop_token_ids=[22], allowed_token_ids=[22], logit_bias={22: 1})
+
+
+def test_min_tokens_beyond_the_default_length() -> None:
+    with pytest.raises(ParameterError, match="min_tokens must be at most max_tokens = 16, got 17"):
+        Harness().submit("a", min_tokens=17)
+
+
+@pytest.mark.parametrize("field", ["beam_size", "best_of", "prompt_logprobs"])
+def test_what_is_known_at_the_end_cannot_be_streamed(field: str) -> None:
+    with pytest.raises(ParameterError, match=f"{field} must be left out of a streamed completion"):
+        Harness().submit("a", stream=True, **{field: 2})
+
+
+def test_when_no_token_is_allowed_the_request_fails() -> None:
+    harness = Harness()
+    request = harness.submit("a", allowed_token_ids=[2], bad_words="a", max_tokens=3)
+    harness.run()
+    with pytest.raises(RuntimeError, match="no token can follow"):
+        harness.choices(request)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_rows": 2}, {"num_pages": 8}])
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 2, "echo": True}, {"stop": ["ab", "d"]}])
+def test_best_of_returns_the_likeliest_candidates_best_first(
+    options: dict[str, int], fields: dict[str, Any]
+) -> None:
+    harness = Harness(**options)
+    request = harness.submit("abc", best_of=6, n=2, max_tokens=12, seed=3, prompt_index=1, **fields)
+    harness.run()
+    harness.verify(request)
+    pieces = [event for event in harness.events[request] if isinstance(event, Piece)]
+    assert [piece.index for piece in pieces] == [2, 3]
+    assert pieces[0].score is not None
+    assert pieces[1].score is not None
+    assert pieces[0].score >= pieces[1].score
+    assert (pieces[0].logprobs is not None) == ("logprobs" in fields)
+
+
+def test_best_of_says_nothing_before_all_candidates_are_done() -> None:
+    harness = Harness(max_rows=1)
+    request = harness.submit("abc", best_of=3, max_tokens=5, ignore_eos=True, seed=1)
+    for _ in range(14):
+        harness.engine.step()
+        assert harness.events[request] == []
+    harness.run()
+    harness.verify(request)
+
+
+def test_best_of_as_many_equals_is_in_the_order_of_drawing() -> None:
+    harness = Harness()
+    pieces = harness.complete("abc", best_of=3, n=2, max_tokens=5, temperature=0)
+    assert pieces[0].token_ids == pieces[1].token_ids
+
+
+def test_best_of_without_tokens() -> None:
+    harness = Harness()
+    request = harness.submit("abc", best_of=3, n=2, max_tokens=0)
+    assert [piece.text for piece in harness.choices(request)] == ["", ""]
+
+
+def test_prompt_logprobs_name_the_likeliest_tokens_and_ranks() -> None:
+    harness = Harness()
+    ids = [0, 2, 3, 8, 16, 6, 13]
+    piece = harness.complete(ids, prompt_logprobs=2, max_tokens=1, temperature=0)[0]
+    assert piece.logprobs is None
+    assert piece.prompt_logprobs is not None
+    assert piece.prompt_logprobs[0] is None
+    values = prompt_logprobs(ids)
+    for idx in range(1, len(ids)):
+        found = piece.prompt_logprobs[idx]
+        assert found is not None
+        logits = fake_model.history_logits(ids[:idx])
+        order = sorted(range(len(logits)), key=lambda token_id: -logits[token_id])
+        assert set(found) == {ids[idx], *order[:2]}
+        for token_id, entry in found.items():
+            assert entry.rank == order.index(token_id) + 1
+            assert entry.decoded_token == harness.engine._names[token_id]
+        assert found[ids[idx]].logprob == values[idx]
+
+
+def test_prompt_logprobs_of_all_tokens() -> None:
+    piece = Harness().complete("ab", prompt_logprobs=-1, max_tokens=0)[0]
+    assert piece.prompt_logprobs is not None
+    assert [len(found or {}) for found in piece.prompt_logprobs] == [0, fake_model.VOCAB_SIZE]
+
+
+def test_prompt_logprobs_beside_echo_keep_their_own_numbers() -> None:
+    fields: dict[str, Any] = {"max_tokens": 2, "temperature": 0}
+    both = Harness().complete("abc dd", echo=True, logprobs=1, prompt_logprobs=3, **fields)[0]
+    echo = Harness().complete("abc dd", echo=True, logprobs=1, **fields)[0]
+    alone = Harness().complete("abc dd", prompt_logprobs=3, **fields)[0]
+    assert both.logprobs == echo.logprobs
+    assert both.prompt_logprobs == alone.prompt_logprobs
+
+
+def test_rows_with_and_without_edits_share_a_batch() -> None:
+    harness = Harness()
+    fields: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"seed": 2, "presence_penalty": 2, "logprobs": 1},
+        {"seed": 3, "logit_bias": {3: 5}},
+        {"seed": 4, "allowed_token_ids": [2, 3, 4]},
+        {"seed": 5, "repetition_penalty": 1.3, "min_tokens": 5, "n": 2},
+        {"temperature": 0, "logprobs": 0, "bad_words": "c"},
+    ]
+    requests = []
+    for each in fields:
+        requests.append(harness.submit("abc", max_tokens=15, **each))
+        harness.engine.step()
+    harness.run()
+    for request in requests:
+        harness.verify(request)
+
+
+def test_edits_survive_a_preemption() -> None:
+    harness = Harness(num_pages=10, max_rows=3)
+    fields: dict[str, Any] = {"presence_penalty": 2, "bad_words": "ab", "prefix": "dcba"}
+    requests = [
+        harness.submit("abc", max_tokens=24, seed=seed, min_tokens=24, **fields)
+        for seed in range(3)
+    ]
+    harness.run()
+    assert harness.engine.stats().num_preemptions > 0
+    for request in requests:
+        harness.verify(request)
 
 
 @pytest.mark.parametrize(
@@ -426,3 +575,78 @@ def test_the_loop_sleeps_when_idle_and_wakes_for_requests() -> None:
         assert done.wait(10)
     loop.stop()
     assert not any(thread.name == "fullbeam-engine" for thread in threading.enumerate())
+
+
+def test_token_healing_goes_on_in_the_middle_of_a_token() -> None:
+    harness = Harness()
+    fields: dict[str, Any] = {"logit_bias": {10: 20}, "max_tokens": 3, "logprobs": 0}
+    request = harness.submit("d ab", token_healing=True, echo=True, seed=1, **fields)
+    harness.run()
+    piece = harness.choices(request)[0]
+    assert request.prompt_ids.tolist() == [fake_model.BOS, 5, 6]  # "d", " "
+    assert piece.token_ids == [10, 10, 10]  # "abc"
+    assert piece.text == "d abcabcabc"
+    assert piece.logprobs is not None
+    assert piece.logprobs.text_offset == [0, 0, 1, 2, 5, 8]
+    plain = harness.submit("d ab", echo=True, seed=1, **fields)
+    harness.run()
+    assert harness.choices(plain)[0].text == "d ababcabcabc"
+
+
+def test_healed_text_and_prefix_come_one_after_the_other() -> None:
+    harness = Harness()
+    request = harness.submit("d a", token_healing=True, prefix="b", max_tokens=2, temperature=0)
+    harness.run()
+    assert request.prompt_ids.tolist() == [fake_model.BOS, 5, 6]
+    assert harness.choices(request)[0].text.startswith("b")
+
+
+def test_token_healing_of_ids_is_refused() -> None:
+    with pytest.raises(ValueError, match="token_healing must be left out"):
+        Harness().submit([2, 3], token_healing=True)
+
+
+def test_a_prefix_that_no_tokens_spell_is_refused() -> None:
+    with pytest.raises(ValueError, match="prefix must be text that the tokens can spell, got 'ax'"):
+        Harness().submit("a", prefix="ax")
+
+
+@pytest.mark.parametrize(("context_len", "expected"), [(4, 4), (-1, 30), (100, 30)])
+def test_context_len_keeps_the_end_of_the_prompt(context_len: int, expected: int) -> None:
+    harness = Harness(context=40)
+    request = harness.submit([3] * 50 + [2, 5], max_tokens=10, context_len=context_len)
+    assert request.prompt_ids.tolist() == ([3] * 50 + [2, 5])[-expected:]
+    with pytest.raises(ContextLengthError):
+        harness.submit([3] * 50, max_tokens=10)
+    harness.run()
+
+
+def test_offsets_of_a_prompt_whose_end_was_kept() -> None:
+    fields: dict[str, Any] = {"max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
+    piece = Harness().complete("a\n" * 20 + "cd", context_len=6, **fields)[0]
+    assert piece.text.startswith("a\n" * 20 + "cd")
+    assert piece.logprobs is not None
+    assert piece.logprobs.tokens[-2:-1] == ["cd"]
+    assert piece.logprobs.text_offset[-2:] == [40, 42]
+
+
+def test_add_special_tokens() -> None:
+    harness = Harness()
+    assert harness.submit("ab", add_special_tokens=False).prompt_ids.tolist() == [8]
+    assert harness.submit("ab").prompt_ids.tolist() == [fake_model.BOS, 8]
+
+
+def test_suffix_fills_the_middle_and_its_marks_end_the_text() -> None:
+    harness = Harness()
+    harness.engine.tokenizer.infill = InfillTokens(prefix=22, suffix=21, middle=20)  # type: ignore[misc]
+    fields: dict[str, Any] = {"max_tokens": 5, "echo": True, "ignore_eos": True, "seed": 1}
+    request = harness.submit("ab", suffix="dd", logit_bias={21: 100}, **fields)
+    harness.run()
+    piece = harness.choices(request)[0]
+    assert request.prompt_ids.tolist() == [fake_model.BOS, 22, 8, 21, 13, 20]
+    assert (piece.text, piece.token_ids, piece.finish_reason) == ("ab", [21], "stop")
+
+
+def test_suffix_needs_infill_tokens() -> None:
+    with pytest.raises(ValueError, match="suffix must be left out: the model has no infill tokens"):
+        Harness().submit("a", suffix="b")

@@ -20,30 +20,68 @@ def filled(pool: PagePool, count: int, ids: np.ndarray = IDS) -> PageTable:
     return table
 
 
-def test_released_full_pages_are_found_again_and_partial_ones_are_not() -> None:
+def test_released_pages_are_found_again_and_partial_ones_are_copied() -> None:
     pool = PagePool(8, 4)
     table = filled(pool, 10)
     pages = table.pages.copy()
     table.release()
     assert pool.num_available == 8
-    assert pool.num_cached == 2
+    assert pool.num_cached == 3
     again = PageTable(pool, 16)
-    assert again.reuse(IDS, 10) == 8
-    assert again.pages == pages[:2]
-    assert again.row.tolist() == pages[:2] + [-1] * 14
+    copies = []
+    assert again.reuse(IDS, 11, lambda src, dst: copies.append((src, dst))) == 10
+    assert again.pages[:2] == pages[:2]
+    assert copies == [(pages[2], again.pages[2])]
+    assert again.row.tolist() == again.pages + [-1] * 13
+    assert again.num_tokens == 10
     pool.check(again.pages)
+    assert again.reserve(1, no_copy)  # the copy is its own
+    again.release()
+    assert pool.num_available == 8
+
+
+def test_the_page_with_the_longest_common_start_is_copied() -> None:
+    pool = PagePool(8, 4)
+    other = IDS.copy()
+    other[6] = 99
+    filled(pool, 8).release()
+    filled(pool, 7, other).release()
+    wanted = IDS.copy()
+    wanted[7] = 98
+    table = PageTable(pool, 16)
+    assert table.reuse(wanted, 16, lambda src, dst: None) == 7
+    pool.check(table.pages)
+
+
+def test_a_partial_page_is_not_copied_where_there_is_no_page_left() -> None:
+    pool = PagePool(2, 4)
+    table = filled(pool, 4)
+    other = filled(pool, 2, IDS[50:])
+    wanted = IDS.copy()
+    wanted[3] = 99
+    assert PageTable(pool, 16).reuse(wanted, 4, no_copy) == 0
+    pool.check(table.pages + other.pages)
+
+
+def test_what_a_longer_page_holds_is_not_kept_twice() -> None:
+    pool = PagePool(8, 4)
+    long, short = filled(pool, 7), filled(pool, 6)
+    long.release()
+    short.release()
+    assert pool.num_cached == 2
+    pool.check([])
 
 
 def test_reuse_stops_at_its_limit_and_at_the_first_difference() -> None:
     pool = PagePool(8, 4)
     filled(pool, 16).release()
     table = PageTable(pool, 16)
-    assert table.reuse(IDS, 11) == 8
+    assert table.reuse(IDS, 8, no_copy) == 8
     other = IDS.copy()
     other[5] = 99
-    assert PageTable(pool, 16).reuse(other, 16) == 4
+    assert PageTable(pool, 16).reuse(other, 16, lambda src, dst: None) == 5
     shifted = IDS[4:].copy()  # the same second page after another first one
-    assert PageTable(pool, 16).reuse(shifted, 12) == 0
+    assert PageTable(pool, 16).reuse(shifted, 12, no_copy) == 0
 
 
 def test_prompt_keys_are_those_that_tables_publish() -> None:
@@ -58,9 +96,9 @@ def test_cached_pages_are_given_up_oldest_first_and_ends_before_beginnings() -> 
     filled(pool, 8, IDS[50:]).release()
     table = PageTable(pool, 16)
     assert table.reserve(4, no_copy)
-    assert PageTable(pool, 16).reuse(IDS, 8) == 4
+    assert PageTable(pool, 16).reuse(IDS, 8, no_copy) == 4
     kept = PageTable(pool, 16)
-    assert kept.reuse(IDS[50:], 8) == 8
+    assert kept.reuse(IDS[50:], 8, no_copy) == 8
 
 
 def test_fork_shares_pages_and_the_first_writers_copy_the_partial_one() -> None:

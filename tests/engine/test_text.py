@@ -84,6 +84,23 @@ def test_the_earliest_match_counts_then_the_first_given() -> None:
     assert stream.take() == "a"
 
 
+def test_a_stop_string_can_be_kept() -> None:
+    stream = TextStream(("cd", "bc"), keep_stop=True)
+    assert stream.push(b"ab") is None
+    assert stream.push(b"cde") == "bc"
+    assert stream.take() == "abc"
+    assert stream.num_shown == 3
+
+
+def test_stop_strings_are_not_looked_for_in_what_was_given() -> None:
+    stream = TextStream(("ab", "c"), num_given=3)
+    assert stream.push(b"aba") is None
+    assert stream.take() == "aba"
+    assert stream.push(b"b") is None  # "ab" would start in what was given
+    assert stream.push(b"xab") == "ab"
+    assert stream.take() == "bx"
+
+
 def test_token_names() -> None:
     names = TokenNames(TOKENIZER)
     assert names[8] == "ab"
@@ -111,6 +128,10 @@ def test_prompt_offsets_count_characters() -> None:
 
 def test_prompt_offsets_leave_out_a_space_that_the_tokenizer_added() -> None:
     assert prompt_offsets(TOKENIZER, [12, 3], "ab") == [0, 1]
+
+
+def test_prompt_offsets_count_from_the_start_of_a_text_whose_end_was_kept() -> None:
+    assert prompt_offsets(TOKENIZER, [fake_model.BOS, 10, 5], "xx\nabcd") == [3, 3, 6]
 
 
 def test_decode_bytes_joins_before_decoding() -> None:

@@ -81,13 +81,14 @@ def complete(engine: Engine, batch: Sequence[Request]) -> list[list[Piece]]:
     while engine.step():
         pass
     engine.check()
-    return [sorted(map(_piece, own), key=lambda piece: piece.index) for own in events]
+    return [sorted(_pieces(own), key=lambda piece: piece.index) for own in events]
 
 
-def _piece(event: Event) -> Piece:
-    if isinstance(event, Exception):
-        raise event
-    return event
+def _pieces(events: list[Event]) -> list[Piece]:
+    for event in events:
+        if isinstance(event, Exception):
+            raise event
+    return [event for event in events if isinstance(event, Piece)]
 
 
 def alone(model: OpenModel, batch: Sequence[Request]) -> list[list[Piece]]:

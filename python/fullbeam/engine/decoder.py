@@ -3,25 +3,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from fullbeam.engine.batch import FloatArray, Int32Array
+from fullbeam.engine.batch import FloatArray
+from fullbeam.engine.logits import MaskStack, bias_options, history_options, logprobs_of
 from fullbeam.engine.scheduler import Selection, Work
+from fullbeam.engine.search import Expansion, expand
 from fullbeam.engine.sequence import Row
 from fullbeam.engine.text import TokenLogprob
 
 
 class Selector:
-    """Draws each row's token with its own parameters, whatever else is in the batch."""
+    """Chooses the tokens of a step from its logits."""
 
     def __init__(self) -> None:
-        self._rows: list[Row] = []  # the rows that the arrays below describe
-        self._temperature: FloatArray = np.zeros(0, np.float32)
-        self._top_k: Int32Array = np.zeros(0, np.int32)
-        self._top_p: FloatArray = np.zeros(0, np.float32)
-        self._min_p: FloatArray = np.zeros(0, np.float32)
-        self._seeds = np.zeros(0, np.uint64)
-        self._counters = np.zeros((0, 3), np.uint32)
+        self._draws: Draws | None = None
 
     def select(self, works: list[Work], logits: FloatArray) -> Selection:
         """Draw the tokens and score the prompts that the work names.
@@ -36,52 +34,98 @@ class Selector:
         rows: list[Row] = []
         sources: list[int] = []  # logit row that each row draws from
         scores: dict[Work, list[TokenLogprob]] = {}
+        expanding: list[Work] = []
+        search_rows: list[list[int]] = []
         next_row = 0
         for work in works:
             num_scored = work.score_stop - work.score_start
             if num_scored:
                 targets = work.ids[work.score_start + 1 : work.score_stop + 1]
-                num_top = work.sequence.request.params.logprobs or 0
-                scores[work] = _logprobs(logits[next_row : next_row + num_scored], targets, num_top)
+                num_top = work.sequence.request.params.num_top_scored
+                scores[work] = logprobs_of(
+                    logits[next_row : next_row + num_scored], targets, num_top
+                )
                 next_row += num_scored
-            if work.drawing:
-                rows += work.drawing
-                sources += [next_row] * len(work.drawing)
-                next_row += 1
+            if work.expands:
+                expanding.append(work)
+                last = [next_row] * len(work.search.live)  # all hypotheses start from the prompt
+                search_rows.append([*range(next_row, next_row + len(work.nodes))] or last)
+            rows += work.drawing
+            sources += [next_row] * len(work.drawing)
+            next_row += work.num_draws
+        chosen: dict[Work, Expansion] = {}
+        if expanding:
+            found = expand([work.search for work in expanding], search_rows, logits)
+            pairs = zip(expanding, found, strict=True)
+            chosen = {work: expansion for work, expansion in pairs if expansion is not None}
         if not rows:
-            return Selection([], [], scores)
-        token_ids = self._sample(rows, _take(logits, sources))
-        return Selection(token_ids.tolist(), _entries(rows, sources, logits, token_ids), scores)
+            return Selection([], [], scores, chosen)
+        if self._draws is None or rows != self._draws.rows:
+            self._draws = Draws(rows, logits.shape[1])
+        return Selection(*self._draws.draw(_take(logits, sources)), scores, chosen)
 
-    def _sample(self, rows: list[Row], logits: FloatArray) -> Int32Array:
-        from fullbeam import ops
 
-        if rows != self._rows:
-            self._describe(rows)
-        self._counters[:, 2] = [row.num_tokens for row in rows]
-        token_ids: Int32Array = ops.sample(
-            logits,
-            temperature=self._temperature,
-            top_k=self._top_k,
-            top_p=self._top_p,
-            min_p=self._min_p,
-            seeds=self._seeds,
-            counters=self._counters,
-        )
-        return token_ids
+class Draws:
+    """Draws the tokens of some rows, each with its own parameters, whatever else is in the batch.
 
-    def _describe(self, rows: list[Row]) -> None:
-        self._rows = rows
+    What stays the same while these rows decode together is laid out once.
+    """
+
+    def __init__(self, rows: list[Row], vocab_size: int) -> None:
+        self.rows = rows
         requests = [row.sequence.request for row in rows]
         params = [request.params for request in requests]
-        self._temperature = np.array([p.temperature for p in params], np.float32)
-        self._top_p = np.array([p.top_p for p in params], np.float32)
-        self._top_k = np.array([p.top_k for p in params], np.int32)
-        self._min_p = np.array([p.min_p for p in params], np.float32)
-        self._seeds = np.array([request.seed for request in requests], np.uint64)
         self._counters = np.zeros((len(rows), 3), np.uint32)
         self._counters[:, 0] = [request.prompt_index for request in requests]
         self._counters[:, 1] = [row.choice for row in rows]
+        self._num_top = [min(p.num_top, vocab_size) for p in params]
+        self._masks = MaskStack()
+        self._has_rules = any(request.rules is not None for request in requests)
+        self._has_history = any(row.history is not None for row in rows)
+        self._options: dict[str, Any] = {
+            "temperature": np.array([p.temperature for p in params], np.float32),
+            "top_k": np.array([p.top_k for p in params], np.int32),
+            "top_p": np.array([p.top_p for p in params], np.float32),
+            "min_p": np.array([p.min_p for p in params], np.float32),
+            "seeds": np.array([request.seed for request in requests], np.uint64),
+            "counters": self._counters,
+            **bias_options([p.biases for p in params]),
+        }
+        if max(self._num_top) >= 0:
+            self._options["num_top"] = np.array(self._num_top, np.int32)
+        if self._has_history:
+            for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+                self._options[name] = np.array([getattr(p, name) for p in params], np.float32)
+
+    def draw(self, logits: FloatArray) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Return each row's token, -1 where there is none to draw, and its log-probabilities."""
+        from fullbeam import ops
+
+        rows = self.rows
+        options = self._options
+        self._counters[:, 2] = [row.num_tokens for row in rows]
+        if self._has_rules:
+            options |= self._masks.options([row.allowed for row in rows])
+        if self._has_history:
+            options |= history_options([row.history for row in rows])
+        drawn = ops.sample(logits, **options)
+        token_ids: list[int] = drawn.token_ids.tolist()
+        if "num_top" not in options:
+            return token_ids, [None] * len(rows)
+        found = zip(
+            self._num_top,
+            drawn.logprobs.tolist(),
+            drawn.top_ids.tolist(),
+            drawn.top_logprobs.tolist(),
+            drawn.ranks.tolist(),
+            strict=True,
+        )
+        return token_ids, [
+            TokenLogprob(logprob, top_ids[:num_top], top_logprobs[:num_top], rank)
+            if num_top >= 0
+            else None
+            for num_top, logprob, top_ids, top_logprobs, rank in found
+        ]
 
 
 def _take(logits: FloatArray, rows: list[int]) -> FloatArray:
@@ -90,30 +134,3 @@ def _take(logits: FloatArray, rows: list[int]) -> FloatArray:
     if rows == list(range(first, first + count)):
         return logits[first : first + count]
     return logits[rows]
-
-
-def _entries(
-    rows: list[Row], sources: list[int], logits: FloatArray, token_ids: Int32Array
-) -> list[TokenLogprob | None]:
-    entries: list[TokenLogprob | None] = [None] * len(rows)
-    groups: dict[int, list[int]] = {}
-    for idx, row in enumerate(rows):
-        num_top = row.sequence.request.params.logprobs
-        if num_top is not None and token_ids[idx] >= 0:
-            groups.setdefault(num_top, []).append(idx)
-    for num_top, members in groups.items():
-        chosen = _take(logits, [sources[idx] for idx in members])
-        for idx, entry in zip(members, _logprobs(chosen, token_ids[members], num_top), strict=True):
-            entries[idx] = entry
-    return entries
-
-
-def _logprobs(logits: FloatArray, token_ids: Int32Array, num_top: int) -> list[TokenLogprob]:
-    from fullbeam import ops
-
-    num_top = min(num_top, logits.shape[1])
-    values, _, top_ids, top_values = ops.logprobs(logits, token_ids, num_top=num_top)
-    return [
-        TokenLogprob(*entry)
-        for entry in zip(values.tolist(), top_ids.tolist(), top_values.tolist(), strict=True)
-    ]

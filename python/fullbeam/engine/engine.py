@@ -11,13 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fullbeam.engine.batch import Int32Array
 from fullbeam.engine.decoder import Selector
 from fullbeam.engine.pages import PagePool
-from fullbeam.engine.prompt import encode_prompt
+from fullbeam.engine.prompt import encode_infill, encode_prompt, heal
+from fullbeam.engine.rules import Rules, TokenIndex
 from fullbeam.engine.runner import Decoder, Runner
 from fullbeam.engine.scheduler import Scheduler, Work
+from fullbeam.engine.search import Search
 from fullbeam.engine.sequence import (
     Event,
+    Finished,
     Request,
     RequestCancelled,
     Row,
@@ -25,7 +29,12 @@ from fullbeam.engine.sequence import (
 )
 from fullbeam.engine.sequence import Sequence as TokenSequence
 from fullbeam.engine.text import Piece, Tokenizer, TokenNames
-from fullbeam.params import DEFAULT_MAX_TOKENS, CompletionParams, ContextLengthError
+from fullbeam.params import (
+    DEFAULT_MAX_TOKENS,
+    CompletionParams,
+    ContextLengthError,
+    ParameterError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +106,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._vocab_size = decoder.config.vocab_size
         self._names = TokenNames(tokenizer)
+        self._index = TokenIndex(tokenizer, self._vocab_size)
         kv = decoder.allocate_kv(num_pages, page_size)
         self._scheduler = Scheduler(
             PagePool(num_pages, page_size),
@@ -140,8 +150,8 @@ class Engine:
             How to complete it; None: the defaults.
         on_event
             Called with each `Piece`: one for each choice, or as text comes where `stream` is
-            given. A choice ends with the piece that has a `finish_reason`, a failed or cancelled
-            request with an exception instead of a piece.
+            given. A choice ends with the piece that has a `finish_reason`. The last event is
+            `Finished`, or the exception with which the request failed or was cancelled.
         prompt_index
             Which of the caller's prompts this is: a key of the random draws, and part of
             `Piece.index`.
@@ -157,17 +167,25 @@ class Engine:
         params = CompletionParams() if params is None else params
         if self._is_closed:
             raise RuntimeError("submit: the engine is closed")
-        token_ids = encode_prompt(self.tokenizer, self._vocab_size, prompt)
-        for token_id in params.stop_ids:
-            if token_id >= self._vocab_size:
-                raise ValueError(
-                    f"submit: stop_token_ids must be in 0..{self._vocab_size - 1}, got {token_id}"
-                )
+        self._check_ids(params)
+        if stream:
+            params.check_stream()
+        token_ids, constraint = self._encode(prompt, params)
         max_tokens = self._num_allowed(len(token_ids), params.max_tokens)
+        if params.min_tokens > max_tokens:
+            bound = f"at most max_tokens = {max_tokens}"
+            raise ParameterError("min_tokens", bound, params.min_tokens)
         seed = params.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(8), "little")
         end_ids = frozenset(params.stop_ids)
+        if not params.ignore_eos:
+            end_ids |= self.tokenizer.eos_ids
+        if params.suffix and self.tokenizer.infill is not None:
+            end_ids |= self.tokenizer.infill.end_ids
+        rules = self._rules(params, end_ids, constraint)
+        if params.is_search and max_tokens == 0:
+            raise ContextLengthError(self.context, len(token_ids), 1)
         request = Request(
             prompt_ids=token_ids,
             given_text="" if prompt is None else prompt if isinstance(prompt, str) else None,
@@ -179,13 +197,19 @@ class Engine:
             on_event=on_event,
             tokenizer=self.tokenizer,
             names=self._names,
-            end_ids=end_ids if params.ignore_eos else end_ids | self.tokenizer.eos_ids,
+            end_ids=end_ids,
+            rules=rules,
+            constraint=constraint,
         )
-        width = self._rows_together(request)
-        request.sequences = [
-            TokenSequence(request, range(first, min(first + width, params.n)))
-            for first in range(0, params.n, width)
-        ]
+        if params.is_search and rules is not None:
+            self._check_search(request)
+            request.sequences = [Search(request, rules, self._scheduler.pool)]
+        else:
+            width = self._rows_together(request)
+            request.sequences = [
+                TokenSequence(request, range(first, min(first + width, params.num_candidates)))
+                for first in range(0, params.num_candidates, width)
+            ]
         self._post(self._enter, request)
         return request
 
@@ -219,7 +243,8 @@ class Engine:
         for event in events:
             if isinstance(event, Exception):
                 raise event
-            pieces.append(event)
+            if isinstance(event, Piece):
+                pieces.append(event)
         return sorted(pieces, key=lambda piece: piece.index)
 
     def close(self) -> None:
@@ -244,7 +269,7 @@ class Engine:
         return EngineStats(
             num_waiting=self.num_waiting,
             num_running=len(running),
-            num_rows=sum(len(sequence.live_rows) for sequence in running),
+            num_rows=sum(sequence.num_rows for sequence in running),
             num_pages=pool.num_pages,
             num_used_pages=pool.num_pages - pool.num_available,
             num_cached_pages=pool.num_cached,
@@ -257,12 +282,86 @@ class Engine:
     def check(self) -> None:
         """Assert that pages and their references balance (for tests)."""
         scheduler = self._scheduler
-        tables = [table for sequence in scheduler.running for table in sequence.tables()]
-        scheduler.pool.check([page for table in tables for page in table.pages])
+        pages = [page for sequence in scheduler.running for page in sequence.held_pages()]
+        scheduler.pool.check(pages)
         for sequence in scheduler.waiting:
-            assert not sequence.tables(), "a waiting sequence holds pages"
-        num_rows = sum(len(sequence.live_rows) for sequence in scheduler.running)
+            assert not sequence.held_pages(), "a waiting sequence holds pages"
+        num_rows = sum(sequence.num_rows for sequence in scheduler.running)
         assert num_rows <= self.max_rows, "more rows run than allowed"
+
+    def _encode(
+        self, prompt: str | Sequence[int] | None, params: CompletionParams
+    ) -> tuple[Int32Array, bytes]:
+        """Return the prompt's ids, and the bytes that its continuation has to start with."""
+        constraint = params.prefix.encode()
+        if params.token_healing:
+            if prompt is not None and not isinstance(prompt, str):
+                raise ValueError("submit: token_healing must be left out: the prompt is token ids")
+            prompt, constraint = heal(prompt or "", params.prefix, self._index)
+        most = None
+        if params.context_len is not None:
+            wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
+            most = max(1, self.context - wanted)
+            if params.context_len > 0:
+                most = min(most, params.context_len)
+        options: dict[str, Any] = {
+            "add_special_tokens": params.add_special_tokens,
+            "max_tokens": most,
+        }
+        if params.suffix:
+            ids = encode_infill(self.tokenizer, self._vocab_size, prompt, params.suffix, **options)
+        else:
+            ids = encode_prompt(self.tokenizer, self._vocab_size, prompt, **options)
+        if constraint and not self._index.allowed_mask(constraint).any():
+            text = constraint.decode("utf-8", "replace")
+            raise ValueError(f"submit: prefix must be text that the tokens can spell, got {text!r}")
+        return ids, constraint
+
+    def _check_search(self, request: Request) -> None:
+        pool, params = self._scheduler.pool, request.params
+        if params.width > self.max_rows:
+            raise ValueError(
+                f"submit: beam_size * diversity_groups must be at most {self.max_rows} (max_rows), "
+                f"got {params.width}"
+            )
+        num_pages = -(-request.num_prompt_tokens // pool.page_size)
+        num_pages += -(-(params.width * (request.max_tokens - 1)) // pool.page_size)
+        if num_pages > pool.num_pages:
+            raise ValueError(
+                f"submit: prompt + beam_size * diversity_groups * max_tokens must fit into the KV "
+                f"cache of {pool.num_pages * pool.page_size} tokens, got "
+                f"{request.num_prompt_tokens} + {params.width} * {request.max_tokens}"
+            )
+
+    def _check_ids(self, params: CompletionParams) -> None:
+        biased_ids = tuple(token_id for token_id, _ in params.biases)
+        given = {
+            "stop_token_ids": params.stop_ids,
+            "allowed_token_ids": params.allowed_ids,
+            "logit_bias": biased_ids,
+        }
+        for field, ids in given.items():
+            if ids and max(ids) >= self._vocab_size:
+                raise ValueError(
+                    f"submit: {field} must be in 0..{self._vocab_size - 1}, got {max(ids)}"
+                )
+
+    def _rules(
+        self, params: CompletionParams, end_ids: frozenset[int], constraint: bytes
+    ) -> Rules | None:
+        """Return what the text is held to; None where tokens are drawn freely."""
+        rules = Rules(
+            self._index,
+            end_ids=end_ids,
+            mode=params.mode,
+            # Drawn text is searched for them as it comes: no rule is needed.
+            stop_strings=params.stop_strings if params.is_search else (),
+            bad_words=params.bad_strings,
+            allowed_ids=frozenset(params.allowed_ids),
+            min_tokens=params.min_tokens,
+            constraint=constraint,
+        )
+        return rules if params.is_search or not rules.is_trivial else None
 
     def _num_allowed(self, num_prompt: int, max_tokens: int | None) -> int:
         """Return how many tokens to generate."""
@@ -277,7 +376,7 @@ class Engine:
         """Return how many choices one sequence may have, so that it can run to its end alone."""
         pool = self._scheduler.pool
         num_prompt, max_tokens = request.num_prompt_tokens, request.max_tokens
-        for width in range(min(request.params.n, self.max_rows), 0, -1):
+        for width in range(min(request.params.num_candidates, self.max_rows), 0, -1):
             if pages_needed(num_prompt, max_tokens, width, pool.page_size) <= pool.num_pages:
                 return width
         raise ValueError(
@@ -306,11 +405,12 @@ class Engine:
     def _enter(self, request: Request) -> None:
         for sequence in request.sequences:
             if sequence.num_trunk_tokens == 0:  # nothing to compute
+                sequence.finish_without_token()
                 for row in sequence.rows:
-                    row.finish_without_token()
                     self._report(row)
             else:
                 self._scheduler.waiting.append(sequence)
+        self._conclude(request)
 
     def _drop(self, request: Request) -> None:
         if not request.closed:
@@ -332,34 +432,51 @@ class Engine:
         try:
             logits = self._runner.forward(works)
             selection = self._selector.select(works, logits)
-            changed, failed = self._scheduler.commit(works, selection)
+            changed, done, failed = self._scheduler.commit(works, selection)
         except Exception as cause:
             self._fail_all([work.sequence for work in works], cause)
             return
         self._num_computed_tokens += sum(work.count for work in works)
         self._num_generated_tokens += len(selection.token_ids)
+        self._num_generated_tokens += sum(map(len, selection.chosen.values()))
         for sequence in failed:
-            error = RuntimeError("engine: the model gave no finite logit")
+            reason = "all are banned, or the model gave no finite logit"
+            error = RuntimeError(f"engine: no token can follow: {reason}")
             self._fail(sequence.request, error)
         for row in changed:
             if row.finish_reason is not None or row.sequence.request.stream:
                 self._report(row)
+        for request in dict.fromkeys(sequence.request for sequence in done):
+            self._conclude(request)
 
     def _report(self, row: Row) -> None:
+        """Deliver what is new of a choice; those that are chosen at the end wait for it."""
         request = row.sequence.request
-        if request.closed:
+        if request.closed or request.chooses_at_end:
             return
         try:
             piece = row.take_piece()
         except Exception as cause:
             self._fail(request, _fault("a result could not be put into text", cause))
             return
-        if piece is None:
+        if piece is not None:
+            self._deliver(request, piece)
+
+    def _conclude(self, request: Request) -> None:
+        """Deliver the last of a request once all its sequences are done."""
+        if request.closed or not all(sequence.is_done for sequence in request.sequences):
             return
-        if piece.finish_reason is not None:
-            request.num_open -= 1
-            request.closed = request.num_open == 0
-        self._deliver(request, piece)
+        try:
+            pieces = request.chosen_pieces() if request.chooses_at_end else []
+        except Exception as cause:
+            self._fail(request, _fault("a result could not be put into text", cause))
+            return
+        for piece in pieces:
+            self._deliver(request, piece)
+        if not request.closed:
+            request.closed = True
+            num_tokens = sum(sequence.num_generated for sequence in request.sequences)
+            self._deliver(request, Finished(request.indices, num_tokens))
 
     def _deliver(self, request: Request, event: Event) -> None:
         try:

@@ -5,25 +5,27 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fullbeam.engine.batch import Int32Array
 
 _ROOT = b""  # parent key of the first page
+_TOKEN_BYTES = 4
 
 
-def page_key(parent: bytes, token_ids: Int32Array) -> bytes:
+def page_key(parent: bytes, tokens: bytes) -> bytes:
     """Name the contents of a full page: its own tokens and, through `parent`, all before them."""
-    return hashlib.blake2b(parent + token_ids.tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(parent + tokens, digest_size=16).digest()
 
 
 class PagePool:
     """Hands out pages, counts who holds them, and keeps full ones findable after they are let go.
 
     A page is free, held (reference count above 0), or cached: not held, but its contents are
-    known by key and come back on a hit. Cached pages are given up oldest first.
+    known, its own tokens and the key of all before them, and come back on a hit. Cached pages are
+    given up oldest first.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -32,8 +34,8 @@ class PagePool:
         self.ref_counts = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # pages not held, oldest first
-        self._key_of: dict[int, bytes] = {}
-        self._page_of: dict[bytes, int] = {}
+        self._contents: dict[int, tuple[bytes, bytes]] = {}  # parent key, own tokens
+        self._pages_after: dict[bytes, dict[bytes, int]] = {}  # parent key, own tokens: page
 
     @property
     def num_available(self) -> int:
@@ -51,7 +53,7 @@ class PagePool:
             page = self._free.pop()
         elif self._cached:
             page, _ = self._cached.popitem(last=False)
-            del self._page_of[self._key_of.pop(page)]
+            self._forget(page)
         else:
             return -1
         self.ref_counts[page] = 1
@@ -69,20 +71,41 @@ class PagePool:
         assert count >= 0, f"page {page} released more often than taken"
         self.ref_counts[page] = count
         if count == 0:
-            if page in self._key_of:
+            if page in self._contents:
                 self._cached[page] = None
             else:
                 self._free.append(page)
 
-    def publish(self, page: int, key: bytes) -> None:
-        """Make a full, computed page findable, unless another page has the same contents."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key] = page
-            self._key_of[page] = key
+    def publish(self, page: int, parent: bytes, tokens: bytes) -> None:
+        """Make a computed page findable that is not written any more, unless another one has its
+        tokens and perhaps more."""
+        siblings = self._pages_after.setdefault(parent, {})
+        if page not in self._contents and not any(
+            known.startswith(tokens) for known in _like(siblings, tokens)
+        ):
+            siblings[tokens] = page
+            self._contents[page] = parent, tokens
 
-    def find(self, key: bytes) -> int:
-        """Page with these contents; -1 when there is none."""
-        return self._page_of.get(key, -1)
+    def find(self, parent: bytes, tokens: bytes) -> int:
+        """Page with exactly these tokens; -1 when there is none."""
+        return self._pages_after.get(parent, {}).get(tokens, -1)
+
+    def find_longest(self, parent: bytes, tokens: bytes) -> tuple[int, int]:
+        """Page that starts with as many of these tokens as any, and how many those are."""
+        siblings = self._pages_after.get(parent, {})
+        best, most = -1, 0
+        for known in _like(siblings, tokens):
+            count = _common(known, tokens)
+            if count > most:
+                best, most = siblings[known], count
+        return best, most
+
+    def _forget(self, page: int) -> None:
+        parent, tokens = self._contents.pop(page)
+        siblings = self._pages_after[parent]
+        del siblings[tokens]
+        if not siblings:
+            del self._pages_after[parent]
 
     def check(self, held: list[int]) -> None:
         """Assert that books balance, given every reference that page tables hold (for tests)."""
@@ -95,9 +118,13 @@ class PagePool:
         idle = {page for page, count in enumerate(counts) if count == 0}
         assert free | cached == idle, "an idle page is lost"
         assert not free & cached, "a page is both free and cached"
-        assert cached <= self._key_of.keys(), "a cached page has no key"
-        assert not free & self._key_of.keys(), "a free page can be found"
-        assert {page: key for key, page in self._page_of.items()} == self._key_of
+        assert cached <= self._contents.keys(), "a cached page has no contents"
+        assert not free & self._contents.keys(), "a free page can be found"
+        assert self._contents == {
+            page: (parent, tokens)
+            for parent, siblings in self._pages_after.items()
+            for tokens, page in siblings.items()
+        }
 
 
 class PageTable:
@@ -109,41 +136,57 @@ class PageTable:
         self.row: Int32Array = np.full(max_pages, -1, np.int32)  # the same pages, padded with -1
         self.num_tokens = 0
         self.keys: list[bytes] = []  # one for each full page
+        self._token_ids: Int32Array | None = None  # of the chain, from its start
 
     def _append(self, page: int) -> None:
         self.row[len(self.pages)] = page
         self.pages.append(page)
 
-    def reuse(self, token_ids: Int32Array, limit: int, keys: list[bytes] | None = None) -> int:
+    def reuse(
+        self,
+        token_ids: Int32Array,
+        limit: int,
+        copy_page: Callable[[int, int], None],
+        keys: Sequence[bytes] = (),
+    ) -> int:
         """Take over cached pages that hold the next tokens, at most up to `limit` tokens in all.
 
-        `keys` spares the hashing where the keys of `token_ids` are known. Returns how many tokens
-        were found.
+        Of a page that holds only some of them, or others after them, a copy is taken. `keys` spares
+        the hashing where the keys of `token_ids` are known. Returns how many tokens were found.
         """
         pool, size = self._pool, self._pool.page_size
-        first = len(self.keys)
+        first, num_before = len(self.keys), self.num_tokens
         found: list[int] = []
         for idx in range(first, limit // size):
-            if keys is not None and idx < len(keys):
-                key = keys[idx]
-            else:
-                parent = self.keys[-1] if self.keys else _ROOT
-                key = page_key(parent, token_ids[idx * size : (idx + 1) * size])
-            page = pool.find(key)
+            parent = self.keys[-1] if self.keys else _ROOT
+            tokens = token_ids[idx * size : (idx + 1) * size].tobytes()
+            page = pool.find(parent, tokens)
             if page < 0:
                 break
             found.append(page)
-            self.keys.append(key)
-        if not found:
-            return 0
+            self.keys.append(keys[idx] if idx < len(keys) else page_key(parent, tokens))
         for page in found:
             pool.retain(page)
-        self._truncate(first)  # a partial page is replaced by the full one that continues it
-        for page in found:
-            self._append(page)
-        num_found = len(self.pages) * size - self.num_tokens
-        self.num_tokens += num_found
-        return num_found
+        if found:
+            self._truncate(first)  # a partial page is replaced by the full one that continues it
+            for page in found:
+                self._append(page)
+            self.num_tokens = len(self.pages) * size
+        start = len(self.keys) * size
+        tokens = token_ids[start : min(start + size, limit)].tobytes()
+        parent = self.keys[-1] if self.keys else _ROOT
+        page, count = pool.find_longest(parent, tokens)
+        if start + count > self.num_tokens:
+            pool.retain(page)
+            copy = pool.allocate()
+            if copy >= 0:
+                copy_page(page, copy)
+                self._truncate(len(self.keys))
+                self._append(copy)
+                self.num_tokens = start + count
+            pool.release(page)
+        self._token_ids = token_ids
+        return self.num_tokens - num_before
 
     def reserve(self, count: int, copy_page: Callable[[int, int], None]) -> bool:
         """Make room to write the next `count` tokens; False, with nothing lost, when pages run out.
@@ -170,12 +213,13 @@ class PageTable:
     def commit(self, token_ids: Int32Array, count: int) -> None:
         """Count `count` more tokens as computed and publish the pages that they filled."""
         self.num_tokens += count
+        self._token_ids = token_ids
         size = self._pool.page_size
         for idx in range(len(self.keys), self.num_tokens // size):
             parent = self.keys[-1] if self.keys else _ROOT
-            key = page_key(parent, token_ids[idx * size : (idx + 1) * size])
-            self.keys.append(key)
-            self._pool.publish(self.pages[idx], key)
+            tokens = token_ids[idx * size : (idx + 1) * size].tobytes()
+            self.keys.append(page_key(parent, tokens))
+            self._pool.publish(self.pages[idx], parent, tokens)
 
     def fork(self) -> PageTable:
         """Return a second table over the same pages."""
@@ -184,12 +228,20 @@ class PageTable:
         table.pages = self.pages.copy()
         table.keys = self.keys.copy()
         table.num_tokens = self.num_tokens
+        table._token_ids = self._token_ids
         for page in table.pages:
             self._pool.retain(page)
         return table
 
     def release(self) -> None:
         """Give all pages back; the last ones go first, so that they leave the cache first."""
+        start = len(self.keys) * self._pool.page_size
+        if start < self.num_tokens and self._token_ids is not None:
+            page = self.pages[len(self.keys)]
+            if self._pool.ref_counts[page] == 1:
+                parent = self.keys[-1] if self.keys else _ROOT
+                tokens = self._token_ids[start : self.num_tokens].tobytes()
+                self._pool.publish(page, parent, tokens)
         self._truncate(0)
         self.num_tokens = 0
         self.keys.clear()
@@ -205,6 +257,19 @@ def prompt_keys(token_ids: Int32Array, page_size: int) -> list[bytes]:
     keys: list[bytes] = []
     parent = _ROOT
     for end in range(page_size, len(token_ids) + 1, page_size):
-        parent = page_key(parent, token_ids[end - page_size : end])
+        parent = page_key(parent, token_ids[end - page_size : end].tobytes())
         keys.append(parent)
     return keys
+
+
+def _common(one: bytes, two: bytes) -> int:
+    """Number of tokens that both start with."""
+    count = min(len(one), len(two)) // _TOKEN_BYTES
+    pairs = zip(memoryview(one).cast("i"), memoryview(two).cast("i"), strict=False)
+    return next((idx for idx, (a, b) in enumerate(pairs) if a != b), count)
+
+
+def _like(siblings: dict[bytes, int], tokens: bytes) -> list[bytes]:
+    """Those that start with the same token."""
+    first = tokens[:_TOKEN_BYTES]
+    return [known for known in siblings if first and known.startswith(first)]

@@ -89,7 +89,10 @@ class Runner:
         logit_rows: list[int] = []
         for idx, work in enumerate(works):
             start, count = work.start, work.count
-            if count == 1:
+            if work.nodes:
+                num_decode += 1
+                self._lay_out_level(work, idx, num_tokens)
+            elif count == 1:
                 num_decode += 1
                 token_ids[num_tokens] = work.ids[start]
                 positions[num_tokens] = start
@@ -101,15 +104,17 @@ class Runner:
                 positions[num_tokens:end] = span
                 pages = work.table.row[span // size].astype(np.int64)
                 slots[num_tokens:end] = pages * size + span % size
-            self._page_table[idx] = work.table.row
-            self._seq_lens[idx] = start + count
+            if not work.nodes:
+                width = work.table.row.size
+                self._page_table[idx, :width] = work.table.row
+                self._page_table[idx, width:] = -1
+                self._seq_lens[idx] = start + count
             if work.score_stop > work.score_start:
                 first = num_tokens - start
                 logit_rows += range(first + work.score_start, first + work.score_stop)
             num_tokens += count
             self._query_starts[idx + 1] = num_tokens
-            if work.drawing:
-                logit_rows.append(num_tokens - 1)
+            logit_rows += range(num_tokens - work.num_draws, num_tokens)
         num_seqs = len(works)
         return Batch(
             token_ids=token_ids[:num_tokens],
@@ -120,4 +125,58 @@ class Runner:
             page_table=self._page_table[:num_seqs],
             seq_lens=self._seq_lens[:num_seqs],
             logit_rows=np.array(logit_rows, np.int32),
+            **self._slot_arrays(works[:num_decode]),
         )
+
+    def _lay_out_level(self, work: Work, idx: int, first: int) -> None:
+        """One row for each hypothesis: its newest token, at the same position, in its own slot."""
+        size, search = self._page_size, work.search
+        assert search.table is not None
+        end = first + work.count
+        own = np.array([node.slot for node in work.nodes])
+        pages = np.array(search.slot_pages)
+        self._token_ids[first:end] = [node.token_id for node in work.nodes]
+        self._positions[first:end] = work.start
+        self._slots[first:end] = pages[own // size] * size + own % size
+        prompt = search.table.pages
+        width = len(prompt) + len(pages)
+        if width > self._page_table.shape[1]:
+            grown = np.full((len(self._page_table), 2 * width), -1, np.int32)
+            grown[:, : self._page_table.shape[1]] = self._page_table
+            self._page_table = grown
+        row = self._page_table[idx]
+        row[: len(prompt)] = prompt
+        row[len(prompt) : width] = pages
+        row[width:] = -1
+        self._seq_lens[idx] = search.request.num_prompt_tokens
+
+    def _slot_arrays(self, works: list[Work]) -> dict[str, Any]:
+        """The slots of the searches among the works that decode; nothing where there is none."""
+        if not any(work.nodes for work in works):
+            return {}
+        size, num_seqs = self._page_size, len(works)
+        num_slots = np.zeros(num_seqs, np.int32)
+        slot_starts = np.zeros(num_seqs, np.int32)
+        for idx, work in enumerate(works):
+            if work.nodes:
+                num_slots[idx] = max(node.visible.bit_length() for node in work.nodes)
+                slot_starts[idx] = len(work.table.pages) * size
+        num_words = -(-int(num_slots.max()) // 32)
+        visible = np.zeros((sum(work.count for work in works), num_words), np.uint32)
+        slot_positions = np.zeros((num_seqs, 32 * num_words), np.int32)
+        row = 0
+        for idx, work in enumerate(works):
+            if work.nodes:
+                bits = b"".join(
+                    node.visible.to_bytes(4 * num_words, "little") for node in work.nodes
+                )
+                visible[row : row + work.count] = np.frombuffer(bits, "<u4").reshape(-1, num_words)
+                positions = work.search.slot_positions[: num_slots[idx]]
+                slot_positions[idx, : len(positions)] = positions
+            row += work.count
+        return {
+            "slot_starts": slot_starts,
+            "num_slots": num_slots,
+            "visible": visible,
+            "slot_positions": slot_positions,
+        }

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fullbeam.engine.batch import Int32Array
 from fullbeam.engine.pages import PagePool, PageTable
+from fullbeam.engine.search import Expansion, Node, Search
 from fullbeam.engine.sequence import Row, Sequence
 from fullbeam.engine.text import TokenLogprob
 
 
 @dataclass(eq=False, slots=True)
 class Work:
-    """Consecutive tokens of one chain to compute in this step."""
+    """Tokens to compute in this step: consecutive ones of a chain, or a level of a search."""
 
     sequence: Sequence
-    row: Row | None  # None: the prompt, for all rows
+    row: Row | None  # None: the prompt, for all rows, or a search
     table: PageTable
     ids: Int32Array  # token ids of the chain
     start: int  # first token to compute
@@ -26,6 +27,21 @@ class Work:
     drawing: list[Row]  # rows that draw a token from the logits after the last one
     score_start: int = 0  # logits after tokens score_start .. score_stop - 1 score the next ones
     score_stop: int = 0
+    nodes: list[Node] = field(default_factory=list)  # of a search: one token for each
+    expands: bool = False  # the search chooses its next tokens from the logits
+
+    @property
+    def search(self) -> Search:
+        """The sequence, where it is a search."""
+        assert isinstance(self.sequence, Search)
+        return self.sequence
+
+    @property
+    def num_draws(self) -> int:
+        """Rows of logits that tokens are drawn or chosen from."""
+        if self.expands:
+            return max(1, len(self.nodes))
+        return 1 if self.drawing else 0
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +51,7 @@ class Selection:
     token_ids: list[int]  # of the drawing rows, in the order of the work; -1 without finite logit
     entries: list[TokenLogprob | None]  # likewise
     scores: dict[Work, list[TokenLogprob]]
+    chosen: dict[Work, Expansion] = field(default_factory=dict)  # of the searches that expand
 
 
 class Scheduler:
@@ -69,11 +86,7 @@ class Scheduler:
 
     def plan(self) -> list[Work]:
         """Choose this step's work and reserve its pages; single tokens come first."""
-        decoding = sum(
-            row.table is not None and row.num_tokens - row.table.num_tokens == 1
-            for sequence in self.running
-            for row in sequence.rows
-        )
+        decoding = sum(sequence.num_pending for sequence in self.running)
         self._tokens_left = self._token_budget - decoding
         self._scores_left = self._max_scored_tokens
         num_preemptions = self.num_preemptions
@@ -83,6 +96,8 @@ class Scheduler:
             sequence = self.running[idx]
             if sequence.trunk is not None:
                 self._plan_prompt(sequence, sequence.trunk, works)
+            elif isinstance(sequence, Search):
+                self._plan_level(sequence, works)
             else:
                 self._plan_rows(sequence, works)
             idx += 1
@@ -101,18 +116,23 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def commit(self, works: list[Work], selection: Selection) -> tuple[list[Row], list[Sequence]]:
+    def commit(
+        self, works: list[Work], selection: Selection
+    ) -> tuple[list[Row], list[Sequence], list[Sequence]]:
         """Record what a step computed.
 
-        Returns the rows that have new tokens or are finished, and the sequences that drew no token
-        because the model gave no finite logit: those are for the caller to remove.
+        Returns the rows that have new tokens or are finished, the sequences that are done, and
+        those that got no token because the model gave no finite logit, which the caller removes.
         """
         changed: list[Row] = []
         failed: list[Sequence] = []
         next_draw = 0
         for work in works:
-            work.table.commit(work.ids, work.count)
             sequence = work.sequence
+            if not work.nodes:
+                work.table.commit(work.ids, work.count)
+            elif isinstance(sequence, Search):
+                sequence.num_computed_levels += 1
             sequence.scores.extend(selection.scores.get(work, ()))
             for row in work.drawing:
                 token_id = selection.token_ids[next_draw]
@@ -122,21 +142,27 @@ class Scheduler:
                     row.append(token_id, selection.entries[next_draw])
                 next_draw += 1
             changed += work.drawing
-            if work.row is None and work.table.num_tokens == sequence.num_trunk_tokens:
-                if not work.drawing and not sequence.has_tokens:  # scored, nothing to generate
-                    for row in sequence.rows:
-                        row.finish_without_token()
+            if work.table is sequence.trunk and work.table.num_tokens == sequence.num_trunk_tokens:
+                if sequence.request.max_tokens == 0:  # scored, nothing to generate
+                    sequence.finish_without_token()
                     changed += sequence.rows
                 sequence.has_tokens = True
-                self._fork(sequence, work.table)
+                self.num_reused_tokens += sequence.take_trunk(work.table, self._copy_page)
+            if work.expands and isinstance(sequence, Search):
+                expansion = selection.chosen.get(work)
+                if expansion is None:
+                    failed.append(sequence)
+                else:
+                    sequence.advance(expansion)
             for row in work.drawing:
                 if row.finish_reason is not None and row.table is not None:
                     row.table.release()
                     row.table = None
-        for sequence in {row.sequence: None for row in changed if row.finish_reason is not None}:
-            if not sequence.live_rows:
-                self.remove(sequence)
-        return changed, failed
+        done = [work.sequence for work in works if work.sequence.is_done]
+        done = list(dict.fromkeys(done))
+        for sequence in done:
+            self.remove(sequence)
+        return changed, done, failed
 
     def _plan_prompt(self, sequence: Sequence, trunk: PageTable, works: list[Work]) -> None:
         start = trunk.num_tokens
@@ -156,8 +182,35 @@ class Scheduler:
         draws = is_last and not sequence.has_tokens and sequence.request.max_tokens > 0
         drawing = list(sequence.rows) if draws else []
         ids = sequence.request.prompt_ids
+        expands = draws and isinstance(sequence, Search)
         works.append(
-            Work(sequence, None, trunk, ids, start, count, drawing, score_start, score_stop)
+            Work(
+                sequence,
+                None,
+                trunk,
+                ids,
+                start,
+                count,
+                drawing,
+                score_start,
+                score_stop,
+                expands=expands,
+            )
+        )
+
+    def _plan_level(self, search: Search, works: list[Work]) -> None:
+        nodes = search.level()
+        while not search.reserve(nodes):
+            self._preempt(self.running[-1])
+            if not search.is_admitted:
+                return
+        table = search.table
+        assert table is not None
+        start = table.num_tokens + search.num_computed_levels
+        expands = search.num_computed_levels + 1 == search.num_levels
+        ids = search.request.prompt_ids
+        works.append(
+            Work(search, None, table, ids, start, len(nodes), [], nodes=nodes, expands=expands)
         )
 
     def _plan_rows(self, sequence: Sequence, works: list[Work]) -> None:
@@ -190,10 +243,10 @@ class Scheduler:
     def _admit(self, works: list[Work]) -> None:
         if not self.waiting:
             return
-        num_rows = sum(len(sequence.live_rows) for sequence in self.running)
+        num_rows = sum(sequence.num_rows for sequence in self.running)
         while self.waiting and self._tokens_left > 0:
             sequence = self.waiting[0]
-            num_new = len(sequence.live_rows)
+            num_new = sequence.num_rows
             if num_rows + num_new > self._max_rows:
                 return
             # A page to grow for each running row, so that newcomers are not sent back at once.
@@ -209,14 +262,10 @@ class Scheduler:
         """Take all pages of the prompt, provided that those of tokens generated before fit too."""
         size = self.pool.page_size
         num_trunk = sequence.num_trunk_tokens
-        num_pages = -(-num_trunk // size)
-        if sequence.has_tokens:
-            shared = num_trunk // size
-            num_private = sum(-(-row.num_tokens // size) - shared for row in sequence.live_rows)
-            num_pages = max(num_pages, shared + num_private)
+        num_pages = sequence.pages_to_start(size)
         trunk = PageTable(self.pool, self._max_pages_per_seq)
         ids = sequence.request.prompt_ids
-        num_found = trunk.reuse(ids, sequence.num_reusable, sequence.keys(size))
+        num_found = trunk.reuse(ids, sequence.num_reusable, self._copy_page, sequence.keys(size))
         if self.pool.num_available < num_pages - len(trunk.pages) + spare:
             trunk.release()
             return False
@@ -227,14 +276,6 @@ class Scheduler:
         sequence.is_admitted = True
         return True
 
-    def _fork(self, sequence: Sequence, trunk: PageTable) -> None:
-        """Give every live row the prompt's pages, and cached ones of what it generated before."""
-        for row in sequence.live_rows:
-            row.table = trunk.fork()
-            self.num_reused_tokens += row.table.reuse(row.ids, row.num_tokens - 1)
-        trunk.release()
-        sequence.trunk = None
-
 
 def _is_chunk(work: Work) -> bool:
-    return work.count != 1
+    return work.count != 1 and not work.nodes

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fullbeam.engine.batch import Int32Array
+from fullbeam.engine.logits import History
 from fullbeam.engine.pages import PageTable, prompt_keys
+from fullbeam.engine.rules import Mask, Rules, State
 from fullbeam.engine.text import (
     Logprobs,
     Piece,
+    RankedLogprob,
     TextStream,
     Tokenizer,
     TokenLogprob,
@@ -27,7 +30,17 @@ class RequestCancelled(RuntimeError):
     """The request was cancelled before it was complete."""
 
 
-Event = Piece | Exception
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a request that came to its end."""
+
+    indices: range
+    """Indices that the choices of the prompt may have."""
+    num_tokens: int
+    """Tokens generated for all of them, and for candidates that were not chosen."""
+
+
+Event = Piece | Finished | Exception
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -45,20 +58,23 @@ class Request:
     tokenizer: Tokenizer
     names: TokenNames
     end_ids: frozenset[int]  # end of text and stop tokens
+    rules: Rules | None = None  # None: every token is allowed everywhere
+    constraint: bytes = b""  # what the generated text starts with; ends with the prefix
     sequences: list[Sequence] = field(default_factory=list)
     closed: bool = False  # nothing more is reported
-    num_open: int = field(init=False)  # choices whose last piece is still to come
     _text: str | None = None
     _offsets: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Every choice is open at first."""
-        self.num_open = self.params.n
+    _ranked: list[dict[int, RankedLogprob] | None] | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt, the start-of-document token included."""
         return len(self.prompt_ids)
+
+    @property
+    def healed(self) -> bytes:
+        """End of the prompt's text that is not in `prompt_ids`: the first tokens spell it."""
+        return self.constraint.removesuffix(self.params.prefix.encode())
 
     @property
     def prompt_text(self) -> str:
@@ -69,19 +85,64 @@ class Request:
             self._text = decode_bytes(self.tokenizer, ids) if given is None else given
         return self._text
 
+    @property
+    def indices(self) -> range:
+        """Indices that the choices may have: those of the prompts before this one come first."""
+        params = self.params
+        most = params.n
+        if params.mode is not None:
+            most = params.width * (self.max_tokens + 1) if params.top_n is None else params.top_n
+        return range(self.prompt_index * most, (self.prompt_index + 1) * most)
+
+    @property
+    def chooses_at_end(self) -> bool:
+        """Whether the choices are only known when everything is computed."""
+        return self.params.is_search or self.params.num_candidates > self.params.n
+
+    def chosen_pieces(self) -> list[Piece]:
+        """The choices of a request that chooses at its end, one whole piece for each."""
+        pieces = [piece for sequence in self.sequences for piece in sequence.pieces()]
+        rows = [row for sequence in self.sequences for row in sequence.rows]
+        for choice, row in enumerate(best_rows(rows, self.params.n)):
+            piece = row.take_piece(choice)
+            assert piece is not None
+            pieces.append(piece)
+        return pieces
+
     def prompt_logprobs(self, scores: list[TokenLogprob]) -> Logprobs:
         """Return the reported form of the prompt's own log-probabilities."""
         ids = self.prompt_ids.tolist()
         if self._offsets is None:
-            self._offsets = prompt_offsets(self.tokenizer, ids, self.prompt_text)
-        return self.names.render(ids, [None, *scores], self._offsets)
+            text = self.prompt_text
+            text = text[: len(text) - _num_chars(self.healed)]
+            self._offsets = prompt_offsets(self.tokenizer, ids, text)
+        entries = [score.cut(self.params.logprobs or 0) for score in scores]
+        return self.names.render(ids, [None, *entries], self._offsets)
+
+    def ranked_prompt(self, scores: list[TokenLogprob]) -> list[dict[int, RankedLogprob] | None]:
+        """Return the tokens in each place of the prompt, as `prompt_logprobs` asks for them."""
+        if self._ranked is None:
+            num_top = self.params.prompt_logprobs or 0
+            if num_top >= 0:
+                scores = [score.cut(num_top) for score in scores]
+            pairs = zip(self.prompt_ids[1:].tolist(), scores, strict=True)
+            self._ranked = [None, *(self.names.rank(*pair) for pair in pairs)]
+        return self._ranked
+
+    def token_text(self, token_id: int) -> bytes:
+        """Return what a generated token adds to the text."""
+        data = self.tokenizer.token_bytes(token_id)
+        if data or self.params.skip_special_tokens:
+            return data
+        return self.names[token_id].encode()
 
 
 class Row:
-    """One choice: its tokens, its pages, its text."""
+    """One candidate for a choice: its tokens, its pages, its text."""
 
     def __init__(self, sequence: Sequence, choice: int) -> None:
         request = sequence.request
+        params = request.params
         num_prompt = request.num_prompt_tokens
         self.sequence = sequence
         self.choice = choice
@@ -91,12 +152,33 @@ class Row:
         self.table: PageTable | None = None  # None until the prompt is computed
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
-        self._text = TextStream(request.params.stop_strings)
+        self.history: History | None = None
+        if params.has_penalty:
+            self.history = History(request.prompt_ids, request.max_tokens)
+        self.state: State | None = None if request.rules is None else request.rules.start()
+        self._keeps_stop = params.include_stop_str_in_output
+        self._text = TextStream(
+            params.stop_strings, keep_stop=self._keeps_stop, num_given=len(params.prefix)
+        )
+        self._healed = request.healed  # what the tokens still have to spell of it
         self._starts: list[int] = []  # of each generated token, in characters of generated text
         self._entries: list[TokenLogprob] = []
         self._sum_logprobs = 0.0
         self._num_reported = 0
-        self._echo = request.params.echo
+        self._echo = params.echo
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far, the end token included."""
+        return self.num_tokens - self.sequence.request.num_prompt_tokens
+
+    @property
+    def allowed(self) -> Mask | None:
+        """The tokens that may come next; None: all."""
+        rules = self.sequence.request.rules
+        if rules is None or self.state is None:
+            return None
+        return rules.allowed(self.state, self.num_generated)
 
     def append(self, token_id: int, entry: TokenLogprob | None) -> None:
         """Take a generated token; sets `finish_reason` when it is the last."""
@@ -106,27 +188,50 @@ class Row:
         if entry is not None:
             self._entries.append(entry)
             self._sum_logprobs += entry.logprob
-        if token_id in request.end_ids:
+        if self.history is not None:
+            self.history.add(token_id)
+        if request.rules is not None and self.state is not None:
+            self.state = request.rules.advance(self.state, token_id)
+        is_end = token_id in request.end_ids
+        is_shown = self._keeps_stop or not is_end
+        if not is_shown:
             self._text.finish()
-            self._starts.append(self._text.num_chars)
+        self._starts.append(self._text.num_chars - _num_chars(self._healed))
+        matched = self._text.push(self._past_healed(token_id)) if is_shown else None
+        if is_end:
+            self._text.finish()
             self.finish_reason = "stop"
             self.stop_reason = token_id if token_id in request.params.stop_ids else None
-            return
-        self._starts.append(self._text.num_chars)
-        matched = self._text.push(request.tokenizer.token_bytes(token_id))
-        if matched is not None:
+        elif matched is not None:
             self.finish_reason = "stop"
             self.stop_reason = matched
         elif self.num_tokens == len(self.ids):
             self.finish_without_token()
+
+    def _past_healed(self, token_id: int) -> bytes:
+        """Return what a token adds to the text once the end of the prompt is spelled again."""
+        data = self.sequence.request.token_text(token_id)
+        if self._healed:
+            num_spelled = min(len(data), len(self._healed))
+            self._healed = self._healed[num_spelled:]
+            data = data[num_spelled:]
+        return data
 
     def finish_without_token(self) -> None:
         """End the row because it has all the tokens that were asked for."""
         self._text.finish()
         self.finish_reason = "length"
 
-    def take_piece(self) -> Piece | None:
-        """Return what is new and safe to show; None when that is nothing."""
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of the generated tokens; 0 where there is none."""
+        return self._sum_logprobs / max(1, len(self._entries))
+
+    def take_piece(self, choice: int | None = None) -> Piece | None:
+        """Return what is new and safe to show; None when that is nothing.
+
+        `choice` is the row's place among the choices, where it is not the place it was drawn at.
+        """
         text = self._text.take()
         finished = self.finish_reason is not None
         if not (text or finished or self._echo):
@@ -142,15 +247,12 @@ class Row:
         self._num_reported = end
         num_prompt = request.num_prompt_tokens
         ids = self.ids[num_prompt + first : num_prompt + end].tolist()
-        num_generated = self.num_tokens - num_prompt
-        logprobs, mean = None, None
+        logprobs = None
         if request.params.logprobs is not None:
             base = len(request.prompt_text)
             logprobs = request.names.render(
                 ids, self._entries[first:end], [base + start for start in starts[first:end]]
             )
-            if finished and num_generated:
-                mean = self._sum_logprobs / num_generated
         if self._echo:
             self._echo = False
             text = request.prompt_text + text
@@ -158,16 +260,25 @@ class Row:
                 prompt = request.prompt_logprobs(self.sequence.scores)
                 prompt.extend(logprobs)
                 logprobs = prompt
+        ranked = None
+        if finished and request.params.prompt_logprobs is not None:
+            ranked = request.ranked_prompt(self.sequence.scores)
         return Piece(
-            index=request.prompt_index * request.params.n + self.choice,
+            index=request.indices.start + (self.choice if choice is None else choice),
             text=text,
             token_ids=ids,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             logprobs=logprobs,
-            num_tokens=num_generated,
-            mean_logprob=mean,
+            num_tokens=self.num_generated,
+            score=self.mean_logprob if finished and self._entries else None,
+            prompt_logprobs=ranked,
         )
+
+
+def _num_chars(data: bytes) -> int:
+    """Return how many characters of UTF-8 start in some bytes."""
+    return sum(byte & 0xC0 != 0x80 for byte in data)
 
 
 class Sequence:
@@ -198,6 +309,57 @@ class Sequence:
         return [row for row in self.rows if row.finish_reason is None]
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the batch that the sequence may take at once."""
+        return len(self.live_rows)
+
+    @property
+    def num_pending(self) -> int:
+        """Single tokens that it computes in the next step, once the prompt is done."""
+        return sum(
+            row.table is not None and row.num_tokens - row.table.num_tokens == 1
+            for row in self.rows
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to compute."""
+        return not self.live_rows
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far, in all rows."""
+        return sum(row.num_generated for row in self.rows)
+
+    def pages_to_start(self, page_size: int) -> int:
+        """Pages of the prompt, and of what was generated before a preemption."""
+        num_pages = -(-self.num_trunk_tokens // page_size)
+        if not self.has_tokens:
+            return num_pages
+        shared = self.num_trunk_tokens // page_size
+        num_private = sum(-(-row.num_tokens // page_size) - shared for row in self.live_rows)
+        return max(num_pages, shared + num_private)
+
+    def take_trunk(self, trunk: PageTable, copy_page: Callable[[int, int], None]) -> int:
+        """Go on from the computed prompt; returns how many later tokens are computed already."""
+        num_found = 0
+        for row in self.live_rows:
+            row.table = trunk.fork()
+            num_found += row.table.reuse(row.ids, row.num_tokens - 1, copy_page)
+        trunk.release()
+        self.trunk = None
+        return num_found
+
+    def pieces(self) -> list[Piece]:
+        """Results that no row holds: those of a search."""
+        return []
+
+    def finish_without_token(self) -> None:
+        """End every row: there is nothing to generate."""
+        for row in self.rows:
+            row.finish_without_token()
+
+    @property
     def num_reusable(self) -> int:
         """Most prompt tokens that a prefix hit may spare."""
         if self.wants_scores:
@@ -210,19 +372,27 @@ class Sequence:
             self._keys = prompt_keys(self.request.prompt_ids, page_size)
         return self._keys
 
-    def tables(self) -> list[PageTable]:
-        """All page tables that hold pages."""
+    def held_pages(self) -> list[int]:
+        """Every page that the sequence holds, once for each reference."""
+        return [page for table in self._tables() for page in table.pages]
+
+    def _tables(self) -> list[PageTable]:
         tables = [row.table for row in self.rows if row.table is not None]
         return tables if self.trunk is None else [*tables, self.trunk]
 
     def release(self) -> None:
         """Give back every page; what was generated stays."""
-        for table in self.tables():
+        for table in self._tables():
             table.release()
         for row in self.rows:
             row.table = None
         self.trunk = None
         self.is_admitted = False
+
+
+def best_rows(rows: list[Row], n: int) -> list[Row]:
+    """The rows with the highest mean log-probability per token, ties to the earlier one."""
+    return sorted(rows, key=lambda row: -row.mean_logprob)[:n]
 
 
 def pages_needed(num_prompt: int, max_tokens: int, num_rows: int, page_size: int) -> int:

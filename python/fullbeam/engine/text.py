@@ -6,7 +6,10 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from fullbeam.models.vocabulary import InfillTokens
 
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
@@ -27,6 +30,10 @@ class Tokenizer(Protocol):
         """Tokens that end a text."""
 
     @property
+    def infill(self) -> InfillTokens | None:
+        """Tokens to fill in the middle with."""
+
+    @property
     def backend(self) -> Any:
         """The `tokenizers` object, for the names of control tokens."""
 
@@ -38,6 +45,9 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """Return the exact bytes of a token, b"" for control tokens."""
 
+    def all_token_bytes(self) -> list[bytes]:
+        """Return the bytes of every token."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -46,6 +56,12 @@ class TokenLogprob:
     logprob: float
     top_ids: Sequence[int]
     top_logprobs: Sequence[float]
+    rank: int = 0  # of the token among all, from 1; 0: not known
+
+    def cut(self, num_top: int) -> TokenLogprob:
+        """Return the same with fewer of the most likely tokens."""
+        top_ids, top_logprobs = self.top_ids[:num_top], self.top_logprobs[:num_top]
+        return TokenLogprob(self.logprob, top_ids, top_logprobs, self.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +86,16 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class RankedLogprob:
+    """Log-probability of a token in some place, and how many are at least as likely there."""
+
+    logprob: float
+    rank: int
+    """1: the most likely one."""
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Part of a choice: text and tokens that are new since the piece before it."""
 
@@ -85,8 +111,11 @@ class Piece:
     logprobs: Logprobs | None = None
     num_tokens: int = 0
     """Tokens generated so far in this choice, those cut off by a stop string included."""
-    mean_logprob: float | None = None
-    """In the last piece, where logprobs are on: mean log-probability of the generated tokens."""
+    score: float | None = None
+    """In the last piece: mean log-probability of the generated tokens, where log-probabilities or
+    more candidates were asked for; after a search, what its results are ranked by."""
+    prompt_logprobs: list[dict[int, RankedLogprob] | None] | None = None
+    """In the last piece, where asked for: tokens in each place of the prompt; None in the first."""
 
 
 class TokenNames:
@@ -110,6 +139,14 @@ class TokenNames:
             return data.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def rank(self, token_id: int, entry: TokenLogprob) -> dict[int, RankedLogprob]:
+        """Return a token and the most likely ones in its place, by id."""
+        ranked = {token_id: RankedLogprob(entry.logprob, entry.rank, self[token_id])}
+        top = zip(entry.top_ids, entry.top_logprobs, strict=True)
+        for rank, (top_id, value) in enumerate(top, 1):
+            ranked.setdefault(top_id, RankedLogprob(value, rank, self[top_id]))
+        return ranked
 
     def render(
         self,
@@ -137,11 +174,18 @@ class TokenNames:
 
 
 class TextStream:
-    """Bytes of successive tokens to text that can be shown: no half characters, no stop strings."""
+    """Bytes of successive tokens to text that can be shown: no half characters, no stop strings.
 
-    def __init__(self, stop: tuple[str, ...] = ()) -> None:
+    Stop strings are not looked for in the first `num_given` characters.
+    """
+
+    def __init__(
+        self, stop: tuple[str, ...] = (), *, keep_stop: bool = False, num_given: int = 0
+    ) -> None:
         self._decoder = _utf8_decoder("replace")
         self._stop = stop
+        self._num_given = num_given
+        self._keep_stop = keep_stop  # show the stop string, too
         self._held = ""  # decoded, but could still become a stop string
         self._parts: list[str] = []  # may be shown, not taken yet
         self.num_chars = 0  # decoded, held ones included
@@ -156,6 +200,11 @@ class TextStream:
         if not text:
             return None
         self.num_chars += len(text)
+        if self._num_given > 0:
+            num_given = min(self._num_given, len(text))
+            self._num_given -= num_given
+            self._show(text[:num_given])
+            text = text[num_given:]
         if not self._stop:
             self._show(text)
             return None
@@ -167,6 +216,8 @@ class TextStream:
                 cut, matched = start, stop
         if matched is None:
             cut = self._held_start(text)
+        elif self._keep_stop:
+            cut += len(matched)
         self._held = text[cut:] if matched is None else ""
         self._show(text[:cut])
         return matched
@@ -215,6 +266,9 @@ def prompt_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) ->
         offsets.append(num_chars)
         parts.append(decoder.decode(tokenizer.token_bytes(token_id)))
         num_chars += len(parts[-1])
-    # Some tokenizers put a space before the text that they encode.
-    shift = 1 if "".join(parts) == " " + text else 0
-    return [min(max(0, offset - shift), len(text)) for offset in offsets]
+    spelled, skipped = "".join(parts), 0
+    if text.endswith(spelled):  # of a long text only the end may have been kept
+        skipped = len(text) - len(spelled)
+    elif spelled == " " + text:  # some tokenizers put a space before the text that they encode
+        skipped = -1
+    return [min(max(0, offset + skipped), len(text)) for offset in offsets]

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import Request
@@ -32,7 +32,11 @@ Prompt = str | list[str] | list[int] | list[list[int]]
 
 _log = logging.getLogger(__name__)
 
-_PARAM_NAMES = frozenset(field.name for field in fields(CompletionParams))
+# Fields of `CompletionParams` that this surface has; of the others it knows those below.
+PARAM_NAMES = frozenset(
+    {"max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "stop_token_ids"}
+    | {"ignore_eos", "logprobs", "echo"}
+)
 
 # Known fields that are not honoured yet, with the values (besides null) that change nothing.
 _NOT_HONOURED: Mapping[str, tuple[object, ...]] = {
@@ -216,7 +220,7 @@ def read_call(body: Json, settings: Settings) -> Call:
     model = given.get("model")
     if model is not None and not isinstance(model, str):
         raise _bad("model", "a string", model)
-    chosen = {name: value for name, value in given.items() if name in _PARAM_NAMES}
+    chosen = {name: value for name, value in given.items() if name in PARAM_NAMES}
     if isinstance(logprobs := chosen.get("logprobs"), bool):
         chosen["logprobs"] = 1 if logprobs else None
     try:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fullbeam.params import CompletionParams
+from fullbeam.server.openai import PARAM_NAMES
 
 Json = dict[str, Any]
 
@@ -36,6 +37,8 @@ def completion_request() -> Json:
         },
     }
     for field in fields(CompletionParams):
+        if field.name not in PARAM_NAMES:
+            continue
         names = str(field.type).split(" | ")
         default = list(field.default) if isinstance(field.default, tuple) else field.default
         options = [kinds[name] for name in names if name != "None"] + [kinds["None"]]
