@@ -61,7 +61,9 @@ class FakeModel:
         top = {"[bold]": -0.25, "x": float("-inf")}
         logprobs = None if params.logprobs is None else Logprobs(["[bold]"], [-0.25], [top], [1])
         choices = [
-            as_choice(Piece(index, f"[red] {index}", [7], "length", logprobs=logprobs))
+            as_choice(
+                Piece(index, f"[red] {index}", [7], "length", logprobs=logprobs, score=-0.5 - index)
+            )
             for index in range(params.n)
         ]
         return Completion(choices, Usage(3, params.n))
@@ -113,6 +115,21 @@ def test_default_length_is_what_fits(
     assert model.calls[0][1].max_tokens == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--suffix", "y" * 40], 7),  # three tokens mark the parts
+        (["--context-len", "900"], 100),
+        (["--context-len", "-1"], 128),
+    ],
+)
+def test_default_length_counts_what_is_computed(
+    run: Run, model: FakeModel, words: list[str], expected: int
+) -> None:
+    run("complete", "x" * 950, *words)
+    assert model.calls[0][1].max_tokens == expected
+
+
 def test_complete_takes_model_and_prompt(run: Run, model: FakeModel) -> None:
     run("complete", "some.gguf", "one")
     assert model.loaded["model"] == "some.gguf"
@@ -136,6 +153,32 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "stop": (["--stop", "a", "--stop", "b"], ("a", "b")),
     "logprobs": (["--logprobs", "0"], 0),
     "echo": (["--echo"], True),
+    "min_tokens": (["--min-tokens", "2"], 2),
+    "presence_penalty": (["--presence-penalty", "0.5"], 0.5),
+    "frequency_penalty": (["--frequency-penalty", "-0.5"], -0.5),
+    "repetition_penalty": (["--repetition-penalty", "1.25"], 1.25),
+    "bad_words": (["--bad-word", "a", "--bad-word", "b"], ("a", "b")),
+    "ignore_eos": (["--ignore-eos"], True),
+    "best_of": (["--best-of", "3"], 3),
+    "suffix": (["--suffix", "z"], "z"),
+    "prefix": (["--prefix", "p"], "p"),
+    "token_healing": (["--token-healing"], True),
+    "context_len": (["--context-len", "9"], 9),
+    "beam_size": (["--beam-size", "4"], 4),
+}
+
+SEARCH_OPTIONS: dict[str, tuple[list[str], Any]] = {
+    "diversity_groups": (["--diversity-groups", "2"], 2),
+    "diversity_strength": (["--diversity-strength", "0.5"], 0.5),
+    "length_penalty": (["--length-penalty", "0"], 0.0),
+    "len_norm_base": (["--len-norm-base", "2"], 2.0),
+    "len_norm_pow": (["--len-norm-pow", "0.5"], 0.5),
+    "mode": (["--mode", "one_token"], "ONE_TOKEN"),
+}
+
+MODE_OPTIONS: dict[str, tuple[list[str], Any]] = {
+    "top_n": (["--top-n", "3"], 3),
+    "only_full_lines": (["--no-only-full-lines"], False),
 }
 
 
@@ -147,17 +190,38 @@ def test_options_reach_the_parameters(run: Run, model: FakeModel, name: str) -> 
     assert model.calls[0][1] == CompletionParams(**expected)
 
 
+@pytest.mark.parametrize("name", [*SEARCH_OPTIONS, *MODE_OPTIONS])
+def test_options_of_a_search_reach_the_parameters(run: Run, model: FakeModel, name: str) -> None:
+    words, value = {**SEARCH_OPTIONS, **MODE_OPTIONS}[name]
+    fields: dict[str, Any] = {"beam_size": 2, name: value}
+    words = ["--beam-size", "2", *words]
+    if name in MODE_OPTIONS:
+        fields["mode"] = "FULL_LINE"
+        words += ["--mode", "FULL_LINE"]
+    if "mode" not in fields:  # whose texts are short: as many tokens as the API gives
+        fields["max_tokens"] = cli.MAX_TOKENS
+    assert run("complete", "one", *words).exit_code == 0
+    assert model.calls[0][1] == CompletionParams(**fields)
+
+
 @pytest.mark.parametrize(("option", "value"), [("threads", 2), ("context", 64), ("device", "cpu")])
 def test_options_reach_the_loader(run: Run, model: FakeModel, option: str, value: Any) -> None:
     assert run("complete", "one", f"--{option}", str(value)).exit_code == 0
     assert model.loaded[option] == value
 
 
-def test_several_choices_are_shown_in_panels(run: Run, model: FakeModel) -> None:
-    result = run("complete", "one", "--n", "2")
-    assert "[red] 0" in result.stdout
-    assert "[red] 1" in result.stdout
-    assert "0: length" in result.stdout
+@pytest.mark.parametrize("words", [["--n", "2"], ["--best-of", "3", "--n", "2"]])
+def test_several_choices_are_shown_in_a_table(run: Run, model: FakeModel, words: list[str]) -> None:
+    lines = run("complete", "one", *words).stdout.splitlines()
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "red" in line]
+    assert shown == [["0", "-0.500", "[red] 0", "length"], ["1", "-1.500", "[red] 1", "length"]]
+
+
+@pytest.mark.parametrize("words", [["--beam-size", "2"], ["--best-of", "2"]])
+def test_what_is_chosen_at_the_end_is_a_table_too(
+    run: Run, model: FakeModel, words: list[str]
+) -> None:
+    assert "-0.500" in run("complete", "one", *words).stdout
 
 
 def test_logprobs_are_shown_in_a_table(run: Run, model: FakeModel) -> None:
@@ -202,7 +266,7 @@ def test_other_failures_exit_with_1(run: Run, model: FakeModel) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["a", "b", "c"], ["--n", "x", "one"], ["--beam-size", "4", "one"], ["--device", "x", "y"]],
+    [[], ["a", "b", "c"], ["--n", "x", "one"], ["--beams", "4", "one"], ["--device", "x", "y"]],
 )
 def test_usage_errors_exit_with_2(run: Run, model: FakeModel, words: list[str]) -> None:
     result = run("complete", *words)
