@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks ops|peers`: tables for people, and the same rows as JSON lines."""
+"""`python -m benchmarks SUITE`: tables for people, and the same rows as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import harness, peers, quality
+from benchmarks import harness, infill, peers, quality, search
 from fullbeam import _core
 
 
@@ -74,7 +74,10 @@ def main() -> int:
     suite.set_defaults(run=run_ops)
     suites.add_parser("peers", help="fullbeam beside other runtimes on the same model")
     suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
-    for name, module in (("peers", peers), ("quality", quality)):
+    suites.add_parser("search", help="what beam search costs beside drawing as many rows")
+    suites.add_parser("infill", help="lines restored with and without the text after them")
+    modules = {"peers": peers, "quality": quality, "search": search, "infill": infill}
+    for name, module in modules.items():
         if sys.argv[1:2] == [name]:
             return int(module.main(sys.argv[2:]))
     args = parser.parse_args()
