@@ -120,8 +120,10 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k
   p.num_biases = check.size("num_biases");
   p.num_histories = check.size("num_histories");
 
-  p.num_top =
-      data_with<std::int32_t>(check, "num_top", num_top, {"num_rows"}, DType::i32, "out", num_top);
+  if (num_top) {
+    check.tensor("num_top", *num_top, {"num_rows"}, {DType::i32});
+    p.num_top = static_cast<const std::int32_t*>(num_top->data);
+  }
   p.logprobs =
       out_of<float>(check, "out.logprobs", out_logprobs, {"num_rows"}, DType::f32, num_top);
   p.ranks = out_of<std::int32_t>(check, "out.ranks", out_ranks, {"num_rows"}, DType::i32, num_top);

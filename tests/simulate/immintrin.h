@@ -46,6 +46,7 @@ inline I loadu_si512(const void* p) {
   return a;
 }
 inline void storeu_ps(void* p, F a) { std::memcpy(p, &a, 64); }
+inline void storeu_si512(void* p, I a) { std::memcpy(p, &a, 64); }
 
 inline F set1_ps(float a) { return of_halves(_mm256_set1_ps(a), _mm256_set1_ps(a)); }
 inline I set1_epi32(int a) { return of_halves(_mm256_set1_epi32(a), _mm256_set1_epi32(a)); }
@@ -84,6 +85,16 @@ inline Mask cmp_ps_mask(F a, F b) {
   const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.half[0], b.half[0], kPredicate));
   const int high = _mm256_movemask_ps(_mm256_cmp_ps(a.half[1], b.half[1], kPredicate));
   return static_cast<Mask>(low | high << 8);
+}
+template <class T, class Register>
+inline Register maskz_compress(Mask mask, const Register& a) {
+  T from[16], to[16] = {};
+  std::memcpy(from, &a, 64);
+  int count = 0;
+  for (int i = 0; i < 16; ++i) {
+    if ((mask >> i & 1) != 0) to[count++] = from[i];
+  }
+  return cast<Register>(to);
 }
 inline F maskz_mov_ps(Mask mask, F a) {
   float lanes[16];
@@ -185,6 +196,8 @@ inline __m256i cvtps_ph(F a) {
 #define _mm512_fmadd_ps simulated::fmadd_ps
 #define _mm512_loadu_ps simulated::loadu_ps
 #define _mm512_loadu_si512 simulated::loadu_si512
+#define _mm512_maskz_compress_epi32 (simulated::maskz_compress<int, simulated::I>)
+#define _mm512_maskz_compress_ps (simulated::maskz_compress<float, simulated::F>)
 #define _mm512_maskz_mov_ps simulated::maskz_mov_ps
 #define _mm512_max_ps simulated::max_ps
 #define _mm512_min_ps simulated::min_ps
@@ -198,5 +211,6 @@ inline __m256i cvtps_ph(F a) {
 #define _mm512_slli_epi32 simulated::slli_epi32
 #define _mm512_srli_epi16 simulated::srli_epi16
 #define _mm512_storeu_ps simulated::storeu_ps
+#define _mm512_storeu_si512 simulated::storeu_si512
 #define _mm512_sub_epi32 simulated::sub_epi32
 #define _mm512_sub_ps simulated::sub_ps
