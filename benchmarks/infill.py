@@ -10,10 +10,8 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from benchmarks import harness
 from fullbeam import _core, load
@@ -70,27 +68,31 @@ MODULES = [
     "weakref",
     "zipfile",
 ]
-BEFORE, AFTER = 2000, 1000  # characters
+BEFORE, AFTER = 1200, 500  # characters
+LINES_PER_MODULE = 3
 
 
-def lines() -> Iterator[tuple[str, str, str]]:
-    """Text before, line, text after: a statement in a function, one from each module."""
+def gaps() -> Iterator[tuple[str, str, str]]:
+    """Text before, line, text after: statements in functions, some from each module."""
     for module in MODULES:
         spec = importlib.util.find_spec(module)
         assert spec is not None
         assert spec.origin is not None
         text = Path(spec.origin).read_text()
-        rows = text.splitlines(keepends=True)
-        bodies = [
+        lines = text.splitlines(keepends=True)
+        numbers = [
             statement.lineno - 1
             for node in ast.walk(ast.parse(text))
             if isinstance(node, ast.FunctionDef)
             for statement in node.body[1:]
-            if statement.lineno == statement.end_lineno and isinstance(statement, ast.stmt)
+            if statement.lineno == statement.end_lineno
         ]
-        at = random.Random(module).choice([row for row in bodies if len(rows[row].strip()) >= 12])
-        before, after = "".join(rows[:at])[-BEFORE:], "".join(rows[at + 1 :])[:AFTER]
-        yield before, rows[at].strip(), "\n" + after
+        numbers = [number for number in numbers if len(lines[number].strip()) >= 12]
+        draw = random.Random(module)
+        for at in draw.sample(numbers, min(LINES_PER_MODULE, len(numbers))):
+            before, after = "".join(lines[:at])[-BEFORE:], "".join(lines[at + 1 :])[:AFTER]
+            whole_before = before[before.find("\n") + 1 :]
+            yield whole_before, lines[at].strip(), "\n" + after[: after.rfind("\n") + 1]
 
 
 def main(argv: list[str]) -> int:
@@ -99,32 +101,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=_core.num_physical_cores())
     parser.add_argument("--json", type=Path, help="write the rows as JSON lines")
     args = parser.parse_args(argv)
-    found: list[dict[str, Any]] = []
-    with load(args.model, threads=args.threads) as model:
-        for before, line, after in lines():
-            row: dict[str, Any] = {"line": line}
-            for name, suffix in (("without", None), ("with", after)):
-                result = model.complete(
-                    before, suffix=suffix, temperature=0, max_tokens=48, stop="\n"
+    cases = list(gaps())
+    found: dict[str, list[str]] = {}
+    with load(args.model, threads=args.threads) as model, ThreadPoolExecutor(8) as pool:
+        for name in ("without", "with"):
+
+            def restore(case: tuple[str, str, str], name: str = name) -> str:
+                before, _, after = case
+                suffix = after if name == "with" else None
+                done = model.complete(
+                    before, suffix=suffix, temperature=0, max_tokens=40, stop="\n"
                 )
-                text = result.choices[0].text
-                if not text.strip():  # a blank line first
-                    result = model.complete(
-                        before + text + "\n", suffix=suffix, temperature=0, max_tokens=48, stop="\n"
-                    )
-                    text = result.choices[0].text
-                row[name] = text.strip()
-            found.append(row)
-            sys.stderr.write(f"\r{len(found)} of {len(MODULES)} lines")
-    sys.stderr.write("\n")
+                return done.choices[0].text.strip()
+
+            found[name] = list(pool.map(restore, cases))
+            sys.stderr.write(f"{len(cases)} lines {name} the suffix\n")
     head = harness.environment(args.threads) | {"model": Path(args.model).name}
-    right = {name: [row[name] == row["line"] for row in found] for name in ("without", "with")}
     rows = [
-        {"suffix": name, "lines": len(found), "right": int(np.sum(values))}
-        for name, values in right.items()
+        {
+            "suffix": name,
+            "lines": len(cases),
+            "right": sum(text == line for text, (_, line, _) in zip(texts, cases, strict=True)),
+        }
+        for name, texts in found.items()
     ]
     sys.stdout.write(json.dumps(head) + "\n")
     sys.stdout.write(harness.table(rows, ["suffix", "lines", "right"]) + "\n")
     if args.json:
-        harness.write(args.json, head, [*rows, *found])
+        harness.write(args.json, head, rows)
     return 0

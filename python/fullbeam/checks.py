@@ -1,14 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of parameters: each takes a field's name and its value, returns it as a plain type."""
+"""Checks of parameters: each takes a field's name and its value, returns it as a plain type.
+
+With every check goes the JSON schema of what it lets pass, for documents.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-Check = Callable[[str, Any], Any]
+Json = dict[str, Any]
+
+_STRINGS: Json = {"type": "array", "items": {"type": "string"}, "maxItems": 64}
+_KINDS = ("short", "prob", "long")
+_TOKEN_ID: Json = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A function from a field's name and its value to the value as a plain type."""
+
+    function: Callable[[str, Any], Any]
+    schema: Json
+
+    def __call__(self, field: str, value: Any) -> Any:
+        """Check a value."""
+        return self.function(field, value)
+
+    def then(self, change: Callable[[Any], Any]) -> Check:
+        """Return a check that changes what passes this one."""
+        return Check(lambda field, value: change(self(field, value)), self.schema)
 
 
 class ParameterError(ValueError):
@@ -38,7 +62,8 @@ def integer(low: int, high: int | None = None) -> Check:
             raise ParameterError(field, bound, value)
         return result
 
-    return check
+    schema: Json = {"type": "integer", "minimum": low}
+    return Check(check, schema if high is None else schema | {"maximum": high})
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
@@ -56,30 +81,31 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
             raise ParameterError(field, bound, value)
         return result
 
-    return check
+    schema: Json = {"type": "number", "exclusiveMinimum" if above else "minimum": low}
+    return Check(check, schema if math.isinf(high) else schema | {"maximum": high})
 
 
 def optional(check: Check) -> Check:
     """Let None pass."""
-    return lambda field, value: None if value is None else check(field, value)
+    return Check(
+        lambda field, value: None if value is None else check(field, value),
+        {"anyOf": [check.schema, {"type": "null"}]},
+    )
 
 
-def flag(field: str, value: Any) -> bool:
-    """Check for a bool."""
+def _flag(field: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _kind(field, "True or False", value)
     return value
 
 
-def text(field: str, value: Any) -> str:
-    """Check for a string."""
+def _text(field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _kind(field, "a string", value)
     return value
 
 
-def strings(field: str, value: Any) -> tuple[str, ...]:
-    """Check for at most 64 strings; None, one and empty ones become a plain tuple."""
+def _strings(field: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
@@ -95,8 +121,7 @@ def strings(field: str, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item for item in items if item))
 
 
-def token_ids(field: str, value: Any) -> tuple[int, ...]:
-    """Check for token ids; whether the model has them is for the engine to say."""
+def _token_ids(field: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise _kind(field, "several token ids", value)
     return tuple(_token_id(field, item) for item in value)
@@ -107,8 +132,7 @@ def _token_id(field: str, value: Any) -> int:
     return result
 
 
-def biases(field: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """Check for token ids with numbers in -100..100; they come in the order of the ids."""
+def _biases(field: str, value: Any) -> tuple[tuple[int, float], ...]:
     kind = "token ids with numbers"
     if value is None:
         return ()
@@ -122,8 +146,7 @@ def biases(field: str, value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(pairs.items()))
 
 
-def context_len(field: str, value: Any) -> int:
-    """Check for a number of tokens, or -1."""
+def _num_kept(field: str, value: Any) -> int:
     result: int = integer(-1)(field, value)
     if result == 0:
         raise ParameterError(field, "-1 or at least 1", value)
@@ -134,16 +157,46 @@ def one_of(*words: str) -> Check:
     """Check for one of some words."""
 
     def check(field: str, value: Any) -> str:
-        if text(field, value) not in words:
+        if _text(field, value) not in words:
             raise ParameterError(field, f"one of {', '.join(words)}", value)
         return str(value)
 
-    return check
+    return Check(check, {"enum": list(words)})
 
 
-def kinds(field: str, value: Any) -> tuple[str, ...]:
-    """Check for kinds of suggestions."""
-    words = strings(field, value)
-    if not words or not set(words) <= {"short", "prob", "long"}:
+def _kinds(field: str, value: Any) -> tuple[str, ...]:
+    words = _strings(field, value)
+    if not words or not set(words) <= set(_KINDS):
         raise ParameterError(field, "some of short, prob, long", words)
     return words
+
+
+flag = Check(_flag, {"type": "boolean"})
+"""Check for a bool."""
+text = Check(_text, {"type": "string"})
+"""Check for a string."""
+strings = Check(_strings, {"anyOf": [{"type": "string"}, _STRINGS, {"type": "null"}]})
+"""Check for at most 64 strings; None, one and empty ones become a plain tuple."""
+token_ids = Check(_token_ids, {"type": "array", "items": _TOKEN_ID})
+"""Check for token ids; whether the model has them is for the engine to say."""
+biases = Check(
+    _biases,
+    {
+        "anyOf": [
+            {
+                "type": "object",
+                "propertyNames": {"pattern": "^[0-9]+$"},
+                "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            },
+            {"type": "null"},
+        ]
+    },
+)
+"""Check for token ids with numbers in -100..100; they come in the order of the ids."""
+num_kept = Check(_num_kept, {"anyOf": [{"type": "integer", "minimum": 1}, {"const": -1}]})
+"""Check for a number of tokens, or -1."""
+kinds = Check(
+    _kinds,
+    {"type": "array", "items": {"enum": list(_KINDS)}, "minItems": 1},
+)
+"""Check for kinds of suggestions."""

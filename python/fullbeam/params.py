@@ -90,6 +90,8 @@ class CompletionParams:
     """Report log-probabilities of each token and of this many likeliest ones, 0..100. None: off."""
     prompt_logprobs: int | None = None
     """The same for each token of the prompt, by token id, -1..100. -1: all tokens. None: off."""
+    return_tokens_as_token_ids: bool = False
+    """Name tokens `token_id:N` in `logprobs`, rather than by their text."""
     echo: bool = False
     """Put the prompt before the completion, with its log-probabilities if `logprobs` is given."""
     suffix: str | None = None
@@ -100,6 +102,8 @@ class CompletionParams:
     """Choose the end of a text prompt anew, held to its characters: it may be half a token."""
     context_len: int | None = None
     """Most prompt tokens to keep, from the end, >= 1. -1: what fits. None: refuse what does not."""
+    truncate_prompt_tokens: int | None = None
+    """The same, but to the token, where `context_len` keeps whole lines of a text if it can."""
     beam_size: int | None = None
     """Search with this many hypotheses in each group, 1..128. None: draw."""
     diversity_groups: int = 1
@@ -149,6 +153,8 @@ class CompletionParams:
             raise ParameterError("min_tokens", bound, self.min_tokens)
         if self.best_of is not None and self.best_of < self.n:
             raise ParameterError("best_of", f"at least n = {self.n}", self.best_of)
+        if self.context_len is not None:
+            self._refuse(("truncate_prompt_tokens",), "left out beside context_len")
         if self.is_search:
             self._check_search()
         else:
@@ -158,7 +164,9 @@ class CompletionParams:
         if self.width > MAX_WIDTH:
             bound = f"at most {MAX_WIDTH} / beam_size"
             raise ParameterError("diversity_groups", bound, self.diversity_groups)
-        self._refuse(_DRAW_FIELDS, "left out beside beam_size: a search draws nothing")
+        self._refuse(DRAW_FIELDS, "left out beside beam_size: a search draws nothing")
+        if self.max_tokens == 0:
+            raise ParameterError("max_tokens", "at least 1 beside beam_size", 0)
         if self.len_norm_base is not None or self.len_norm_pow is not None:
             self._refuse(("length_penalty",), "left out beside len_norm_base and len_norm_pow")
         if self.mode is not None:
@@ -308,7 +316,7 @@ _SEARCH_FIELDS = (
     "mode",
     *_MODE_FIELDS,
 )
-_DRAW_FIELDS = (
+DRAW_FIELDS = (
     "temperature",
     "top_p",
     "top_k",
@@ -320,17 +328,12 @@ _DRAW_FIELDS = (
 )
 
 
-def _best_of(field: str, value: object) -> int | None:
-    number: int = checks.integer(0, MAX_WIDTH)(field, value)
-    return number if number > 1 else None  # some clients always send 1, whatever n is
-
-
 _CHECKS: Mapping[str, checks.Check] = {
     "max_tokens": checks.optional(checks.integer(0)),
     "min_tokens": checks.integer(0),
     "temperature": checks.number(0, 2),
     "top_p": checks.number(0, 1),
-    "top_k": lambda field, value: max(0, checks.integer(-1, 2**31 - 1)(field, value)),
+    "top_k": checks.integer(-1, 2**31 - 1).then(lambda value: max(0, value)),
     "min_p": checks.number(0, 1),
     "presence_penalty": checks.number(-2, 2),
     "frequency_penalty": checks.number(-2, 2),
@@ -340,7 +343,10 @@ _CHECKS: Mapping[str, checks.Check] = {
     "bad_words": checks.strings,
     "seed": checks.optional(checks.integer(-(2**63), 2**63 - 1)),
     "n": checks.integer(1, MAX_WIDTH),
-    "best_of": checks.optional(_best_of),
+    # Some clients always send 1, whatever n is.
+    "best_of": checks.optional(
+        checks.integer(0, MAX_WIDTH).then(lambda value: value if value > 1 else None)
+    ),
     "stop": checks.strings,
     "stop_token_ids": checks.token_ids,
     "include_stop_str_in_output": checks.flag,
@@ -349,11 +355,13 @@ _CHECKS: Mapping[str, checks.Check] = {
     "add_special_tokens": checks.flag,
     "logprobs": checks.optional(checks.integer(0, 100)),
     "prompt_logprobs": checks.optional(checks.integer(-1, 100)),
+    "return_tokens_as_token_ids": checks.flag,
     "echo": checks.flag,
-    "suffix": checks.optional(lambda field, value: checks.text(field, value) or None),
+    "suffix": checks.optional(checks.text.then(lambda value: value or None)),
     "prefix": checks.text,
     "token_healing": checks.flag,
-    "context_len": checks.optional(checks.context_len),
+    "context_len": checks.optional(checks.num_kept),
+    "truncate_prompt_tokens": checks.optional(checks.num_kept),
     "beam_size": checks.optional(checks.integer(1, MAX_WIDTH)),
     "diversity_groups": checks.integer(1, MAX_WIDTH),
     "diversity_strength": checks.number(0, 100),

@@ -245,6 +245,24 @@ def test_infill_formats_of_families(
     assert infill.end_ids == ({1, 2, 3, 4} if "file_" in marks else {1, 2, 3})
 
 
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("Qwen2.5 Coder 1.5B Instruct", [1, 2, 8, 3, 7]),
+        ("Qwen2.5 Coder 1.5B", [1, 7, 2, 8, 3]),
+    ],
+)
+def test_instructed_qwen_coders_have_the_prefix_last(
+    open_gguf: OpenGguf, gpt2_metadata: Metadata, name: str, order: list[int]
+) -> None:
+    marks = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    metadata = gpt2_metadata(["a", *marks], [], [NORMAL] + [CONTROL] * 3, "qwen2")
+    metadata |= {"general.architecture": "qwen2", "general.name": name}
+    infill = Tokenizer.from_gguf(open_gguf(metadata)).infill
+    assert infill is not None
+    assert infill.arrange([7], [8]) == order
+
+
 def test_code_llama_puts_a_space_before_the_prompt_only(
     open_gguf: OpenGguf, tiny_llama: Metadata
 ) -> None:

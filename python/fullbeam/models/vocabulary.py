@@ -86,6 +86,11 @@ _INFILL_TEXTS = {
 }
 # Names of tokenizer.ggml.pre whose models were trained with the suffix before the prefix.
 _SUFFIX_FIRST = ("mellum", "seed-coder")
+# Qwen2.5-Coder was trained to infill with the suffix last, but what its instruction tuning left of
+# that is worse than no suffix: of 149 removed lines of the standard library the 0.5B model restores
+# 22 so, 37 without the suffix, and 49 with the prefix last (python -m benchmarks infill), the other
+# order of Bavarian et al. 2022, arXiv 2207.14255. There, typing leaves the start of the prompt as
+# it is, too.
 _NO_TOKEN = 0xFFFFFFFF  # what some writers put for "none"
 
 
@@ -100,6 +105,7 @@ class InfillTokens:
     repository: int | None = None
     file: int | None = None
     suffix_first: bool = False
+    prefix_last: bool = False
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -109,6 +115,8 @@ class InfillTokens:
 
     def arrange(self, before: Sequence[int], after: Sequence[int]) -> list[int]:
         """Put the tokens before and after a gap into the order that the model knows."""
+        if self.prefix_last:
+            return [self.prefix, self.suffix, *after, self.middle, *before]
         if self.suffix_first:
             return [self.suffix, *after, self.prefix, *before, self.middle]
         return [self.prefix, *before, self.suffix, *after, self.middle]
@@ -173,6 +181,8 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
             roles["repository"],
             roles["file"],
             suffix_first=file.get("tokenizer.ggml.pre", str, "") in _SUFFIX_FIRST,
+            prefix_last=file.get("general.architecture", str, "") == "qwen2"
+            and "instruct" in file.get("general.name", str, "").lower(),
         )
     ends = set(find(_END_TEXTS, marks)) | set(find(_END_TEXTS_IF_CONTROL, (CONTROL,)))
     ends |= {i for role in ("pad", "repository", "file") if (i := roles[role]) is not None}
