@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
@@ -241,6 +243,46 @@ std::int64_t bytes_of_panel(WeightType type, std::int64_t cols) {
   return num_tiles * layout.tile_bytes() + num_tiles / kTilesPerSuper * layout.super_bytes();
 }
 
+// Memory for weights, zeros, 64-byte aligned. Small matrices share regions, so that huge pages
+// serve them, too; a region goes with the last of its matrices.
+struct Region {
+  explicit Region(std::size_t bytes) : mapped(bytes + kHugePage) {
+    void* memory =
+        mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    start = static_cast<std::uint8_t*>(memory);
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    next = start + ((kHugePage - address % kHugePage) % kHugePage);
+    madvise(next, bytes, MADV_HUGEPAGE);
+    end = next + bytes;
+  }
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+  ~Region() { munmap(start, mapped); }
+
+  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
+  std::size_t mapped;
+  std::uint8_t *start, *next, *end;
+};
+
+std::shared_ptr<std::uint8_t> weight_memory(std::size_t bytes) {
+  static std::mutex mutex;
+  static std::weak_ptr<Region> last;
+  constexpr std::size_t kShared = std::size_t{32} << 20;
+  bytes = (bytes + 63) / 64 * 64;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<Region> region = last.lock();
+  if (region == nullptr || static_cast<std::size_t>(region->end - region->next) < bytes) {
+    const std::size_t whole =
+        (bytes + Region::kHugePage - 1) / Region::kHugePage * Region::kHugePage;
+    region = std::make_shared<Region>(std::max(whole, kShared));
+    if (whole < kShared) last = region;
+  }
+  std::uint8_t* memory = region->next;
+  region->next += bytes;
+  return {region, memory};
+}
+
 }  // namespace
 
 const char* name_of(WeightType type) {
@@ -262,8 +304,6 @@ std::int64_t row_bytes(WeightType type, std::int64_t cols) {
   const Block block = block_of(type);
   return cols % block.cols == 0 ? cols / block.cols * block.bytes : -1;
 }
-
-void PackedWeight::Unmap::operator()(std::uint8_t* data) const { munmap(data, bytes); }
 
 PackedWeight::PackedWeight(const std::vector<WeightPart>& parts, const OnStretch& on_stretch) {
   if (parts.empty())
@@ -304,11 +344,7 @@ PackedWeight::PackedWeight(const std::vector<WeightPart>& parts, const OnStretch
     segments_.push_back(segment);
   }
   // One register beyond the end may be loaded, never used.
-  const std::size_t mapped = (static_cast<std::size_t>(num_bytes_) + 64 + 4095) / 4096 * 4096;
-  void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  storage_ = {static_cast<std::uint8_t*>(memory), Unmap{mapped}};
-  if (mapped >= (std::size_t{8} << 20)) madvise(memory, mapped, MADV_HUGEPAGE);
+  storage_ = weight_memory(static_cast<std::size_t>(num_bytes_) + 64);
   for (std::size_t i = 0; i < parts.size(); ++i) {
     std::uint8_t* data = storage_.get() + offsets[i];
     const WeightSegment& segment = segments_[i];

@@ -33,11 +33,7 @@ class PackedWeight {
   const std::vector<WeightSegment>& segments() const { return segments_; }
 
  private:
-  struct Unmap {
-    std::size_t bytes;
-    void operator()(std::uint8_t* data) const;
-  };
-  std::unique_ptr<std::uint8_t, Unmap> storage_;
+  std::shared_ptr<std::uint8_t> storage_;
   std::vector<WeightSegment> segments_;
   std::int64_t rows_ = 0, cols_ = 0, num_panels_ = 0, num_bytes_ = 0;
 };

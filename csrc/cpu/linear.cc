@@ -17,6 +17,7 @@ namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
 constexpr std::int64_t kBlockTokens = 64;  // their sums (4 KiB) stay in L1 beside the tile
+constexpr std::int64_t kAhead = 8192;      // bytes of weights from use to prefetch
 
 // Quantised activations of num_tokens tokens, tile-major: tile t of token i is at index t *
 // num_tokens + i.
@@ -139,6 +140,9 @@ void quantised_panel(const std::uint8_t* p, int zero_point, std::int64_t num_til
       super = p;
       p += kLayout.super_bytes();
     }
+    // With one token the hardware keeps up; with more, the next tiles' loads hide behind products.
+    for (std::int64_t line = 0; kFew != 1 && line < kLayout.tile_bytes(); line += 64)
+      __builtin_prefetch(p + kAhead + line);
     const Tile<kBits> values(p);
     const TileScales<kScales> scales(p + kLayout.value_bytes(), super);
     p += kLayout.tile_bytes();
