@@ -22,20 +22,20 @@ constexpr std::int64_t kAhead = 8192;      // bytes of weights from use to prefe
 // Quantised activations of num_tokens tokens, tile-major: tile t of token i is at index t *
 // num_tokens + i.
 struct Activations {
-  std::int8_t* values;  // [num_tiles, num_tokens, 32]
-  float* scales;        // [num_tiles, num_tokens]
-  float* scaled_sums;   // [num_tiles, num_tokens]: scale * sum of the 32 values
-  std::int32_t* sums;   // [num_tiles, num_tokens, 2]: sums of the first and the last 16 values
+  std::int8_t* values;    // [num_tiles, num_tokens, 32]
+  float* scales;          // [num_tiles, num_tokens]
+  float* scaled_sums;     // [num_tiles, num_tokens]: scale * sum of the 32 values
+  std::int32_t* offsets;  // [num_tiles, num_tokens, kNumOffsets]
   std::int64_t num_tokens;
 
   static std::int64_t bytes(std::int64_t num_tiles, std::int64_t num_tokens) {
-    return num_tiles * num_tokens * (kTileCols + 4 + 4 + 8) + 256;
+    return num_tiles * num_tokens * (kTileCols + 4 + 4 + 4 * kNumOffsets) + 256;
   }
   Activations(void* memory, std::int64_t num_tiles, std::int64_t tokens) : num_tokens(tokens) {
     const std::int64_t count = num_tiles * tokens;
     values = static_cast<std::int8_t*>(memory);
-    sums = reinterpret_cast<std::int32_t*>(values + count * kTileCols);
-    scales = reinterpret_cast<float*>(sums + count * 2);
+    offsets = reinterpret_cast<std::int32_t*>(values + count * kTileCols);
+    scales = reinterpret_cast<float*>(offsets + count * kNumOffsets);
     scaled_sums = scales + count;
   }
 };
@@ -53,22 +53,14 @@ void quantise_token(const float* x, std::int64_t num_tiles, std::int64_t token,
     const float amax = reduce_max(largest);
     const float scale = amax / 127.0f + reduce_add(poison);
     const F32 inverse = set1(amax > 0.0f ? 127.0f / amax : 0.0f), limit = set1(127.0f);
-    float rounded[kTileCols];
+    std::int32_t sums[2] = {0, 0};
     for (int i = 0; i < kTileCols; i += kLanes) {
       // min and max give their second operand where the first is NaN.
       const F32 value = max(min(mul(load(x + i), inverse), limit), sub(set1(0.0f), limit));
-      store(rounded + i, round(value));
-    }
-    std::int32_t sums[2] = {0, 0};
-    std::int8_t* values = a.values + at * kTileCols;
-    for (int i = 0; i < kTileCols; ++i) {
-      const auto value = static_cast<std::int32_t>(rounded[i]);
-      values[i] = static_cast<std::int8_t>(value);
-      sums[i / 16] += value;
+      sums[i / 16] += store_i8(a.values + at * kTileCols + i, round(value));
     }
     a.scales[at] = scale;
-    a.sums[2 * at] = sums[0];
-    a.sums[2 * at + 1] = sums[1];
+    write_offsets(a.offsets + at * kNumOffsets, sums[0], sums[1]);
     a.scaled_sums[at] = scale * static_cast<float>(sums[0] + sums[1]);
   }
 }
@@ -103,12 +95,12 @@ struct TileScales {
 
 template <int kBits, ScaleKind kScales, int kTokens>
 FULLBEAM_INLINE void add_tile(const Tile<kBits>& tile, const TileScales<kScales>& scales,
-                              int zero_point, const Activations& a, std::int64_t at,
-                              F32 (*acc)[kParts]) {
+                              const Activations& a, std::int64_t at, F32 (*acc)[kParts]) {
   constexpr bool kHalves = kScales == ScaleKind::k16;
+  constexpr bool kOffset = kScales == ScaleKind::d || kScales == ScaleKind::k16;
   I32 sums[kHalves ? 2 : 1][kTokens][kParts];
-  dot_tile<kBits, kHalves, kTokens>(tile, zero_point, a.values + at * kTileCols, a.sums + 2 * at,
-                                    sums);
+  dot_tile<kBits, kHalves, kOffset, kTokens>(tile, a.values + at * kTileCols,
+                                             a.offsets + kNumOffsets * at, sums);
   for (int t = 0; t < kTokens; ++t) {
     const F32 x_scale = set1(a.scales[at + t]);
     for (int i = 0; i < kParts; ++i) {
@@ -125,9 +117,8 @@ FULLBEAM_INLINE void add_tile(const Tile<kBits>& tile, const TileScales<kScales>
 // One panel of 16 rows against tokens [begin, begin + count), count <= kBlockTokens, sums left in
 // acc. kFew: the count itself where it is small enough for the sums to stay in registers, else 0.
 template <int kBits, ScaleKind kScales, int kFew>
-void quantised_panel(const std::uint8_t* p, int zero_point, std::int64_t num_tiles,
-                     const Activations& a, std::int64_t begin, std::int64_t count,
-                     F32 (*out)[kParts]) {
+void quantised_panel(const std::uint8_t* p, std::int64_t num_tiles, const Activations& a,
+                     std::int64_t begin, std::int64_t count, F32 (*out)[kParts]) {
   constexpr QuantLayout kLayout{kBits, kScales, 0};
   F32 few[kFew > 0 ? kFew : 1][kParts];
   F32(*acc)[kParts] = kFew > 0 ? few : out;
@@ -148,14 +139,13 @@ void quantised_panel(const std::uint8_t* p, int zero_point, std::int64_t num_til
     p += kLayout.tile_bytes();
     const std::int64_t at = tile * a.num_tokens + begin;
     if constexpr (kFew > 0) {
-      add_tile<kBits, kScales, kFew>(values, scales, zero_point, a, at, few);
+      add_tile<kBits, kScales, kFew>(values, scales, a, at, few);
     } else {
       std::int64_t t = 0;
       for (; t + kTokensPerTile <= count; t += kTokensPerTile) {
-        add_tile<kBits, kScales, kTokensPerTile>(values, scales, zero_point, a, at + t, acc + t);
+        add_tile<kBits, kScales, kTokensPerTile>(values, scales, a, at + t, acc + t);
       }
-      for (; t < count; ++t)
-        add_tile<kBits, kScales, 1>(values, scales, zero_point, a, at + t, acc + t);
+      for (; t < count; ++t) add_tile<kBits, kScales, 1>(values, scales, a, at + t, acc + t);
     }
   }
   if constexpr (kFew > 0) {
@@ -200,13 +190,13 @@ void float_panel(const std::uint8_t* data, const LinearParams& p, std::int64_t b
 }
 
 template <int kBits, ScaleKind kScales>
-void any_count(const std::uint8_t* data, int zero_point, std::int64_t num_tiles,
-               const Activations& a, std::int64_t begin, std::int64_t count, F32 (*out)[kParts]) {
+void any_count(const std::uint8_t* data, std::int64_t num_tiles, const Activations& a,
+               std::int64_t begin, std::int64_t count, F32 (*out)[kParts]) {
   switch (count) {
     case 1:
-      return quantised_panel<kBits, kScales, 1>(data, zero_point, num_tiles, a, begin, count, out);
+      return quantised_panel<kBits, kScales, 1>(data, num_tiles, a, begin, count, out);
     default:
-      return quantised_panel<kBits, kScales, 0>(data, zero_point, num_tiles, a, begin, count, out);
+      return quantised_panel<kBits, kScales, 0>(data, num_tiles, a, begin, count, out);
   }
 }
 
@@ -214,7 +204,6 @@ void one_panel(const LinearParams& p, const WeightSegment& segment, std::int64_t
                const Activations& a, std::int64_t begin, std::int64_t count, F32 (*out)[kParts]) {
   const std::uint8_t* data = segment.data + panel * segment.panel_bytes;
   const std::int64_t num_tiles = p.cols / kTileCols;
-  const int zero_point = layout_of(segment.type).zero_point;
   switch (segment.type) {
     case WeightType::f32:
       return float_panel<float>(data, p, begin, count, out);
@@ -223,21 +212,21 @@ void one_panel(const LinearParams& p, const WeightSegment& segment, std::int64_t
     case WeightType::bf16:
       return float_panel<BFloat>(data, p, begin, count, out);
     case WeightType::q8_0:
-      return any_count<8, ScaleKind::d>(data, zero_point, num_tiles, a, begin, count, out);
+      return any_count<8, ScaleKind::d>(data, num_tiles, a, begin, count, out);
     case WeightType::q4_0:
-      return any_count<4, ScaleKind::d>(data, zero_point, num_tiles, a, begin, count, out);
+      return any_count<4, ScaleKind::d>(data, num_tiles, a, begin, count, out);
     case WeightType::q4_1:
-      return any_count<4, ScaleKind::dm>(data, zero_point, num_tiles, a, begin, count, out);
+      return any_count<4, ScaleKind::dm>(data, num_tiles, a, begin, count, out);
     case WeightType::q5_0:
-      return any_count<5, ScaleKind::d>(data, zero_point, num_tiles, a, begin, count, out);
+      return any_count<5, ScaleKind::d>(data, num_tiles, a, begin, count, out);
     case WeightType::q5_1:
-      return any_count<5, ScaleKind::dm>(data, zero_point, num_tiles, a, begin, count, out);
+      return any_count<5, ScaleKind::dm>(data, num_tiles, a, begin, count, out);
     case WeightType::q4_k:
-      return any_count<4, ScaleKind::k>(data, zero_point, num_tiles, a, begin, count, out);
+      return any_count<4, ScaleKind::k>(data, num_tiles, a, begin, count, out);
     case WeightType::q5_k:
-      return any_count<5, ScaleKind::k>(data, zero_point, num_tiles, a, begin, count, out);
+      return any_count<5, ScaleKind::k>(data, num_tiles, a, begin, count, out);
     case WeightType::q6_k:
-      return any_count<6, ScaleKind::k16>(data, zero_point, num_tiles, a, begin, count, out);
+      return any_count<6, ScaleKind::k16>(data, num_tiles, a, begin, count, out);
   }
 }
 

@@ -12,12 +12,31 @@ namespace {
 constexpr int kParts =
     static_cast<int>(kPanelRows) / kLanes;  // registers that hold 16 rows of float32 or int32
 
+// What the zero points of the types take off a tile's sum, per token: minus zero point times the
+// sum of the activations, for zero points 8, 16 and 128, and 32 for each half of the columns.
+constexpr int kNumOffsets = 5;
+constexpr int offset_place(int bits) { return bits == 4 ? 0 : bits == 5 ? 1 : bits == 8 ? 2 : 3; }
+inline void write_offsets(std::int32_t* p, std::int32_t first_sum, std::int32_t second_sum) {
+  const std::int32_t sum = first_sum + second_sum;
+  p[0] = -8 * sum;
+  p[1] = -16 * sum;
+  p[2] = -128 * sum;
+  p[3] = -32 * first_sum;
+  p[4] = -32 * second_sum;
+}
+
 #if defined(FULLBEAM_ISA_avx512)
 
 using I32 = __m512i;
 constexpr int kTokensPerTile = 8;
 
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
+// Whole numbers that int8 holds; returns their sum.
+inline std::int32_t store_i8(std::int8_t* p, F32 whole) {
+  const __m512i ints = _mm512_cvtps_epi32(whole);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(ints));
+  return _mm512_reduce_add_epi32(ints);
+}
 inline F32 widen_u8(const std::uint8_t* p) {
   return _mm512_cvtepi32_ps(
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -78,17 +97,16 @@ inline void dot_step(I32& sum, __m512i values, const std::int8_t* x) {
 #endif
 }
 
-// sums[half][token] = sum over the half's steps of (value - zero_point) * x; the two halves are
-// added where the type has one scale for both.
-template <int kBits, bool kHalves, int kTokens>
-FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x,
-                              const std::int32_t* x_sums, I32 (*sums)[kTokens][kParts]) {
+// sums[half][token] = sum over the half's steps of (value - zero point) * x; the two halves are
+// added where the type has one scale for both. `offsets` is null where the zero point is 0.
+template <int kBits, bool kHalves, bool kOffset, int kTokens>
+FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
+                              const std::int32_t* offsets, I32 (*sums)[kTokens][kParts]) {
   for (int t = 0; t < kTokens; ++t) {
-    // One offset where it can do: a broadcast from a general register takes a turn of the ports
-    // that multiply.
-    I32 first = _mm512_set1_epi32(-zero_point *
-                                  (kHalves ? x_sums[2 * t] : x_sums[2 * t] + x_sums[2 * t + 1]));
-    I32 second = _mm512_set1_epi32(kHalves ? -zero_point * x_sums[2 * t + 1] : 0);
+    // Broadcast from memory: from a general register it takes a turn of the ports that multiply.
+    const std::int32_t* offset = offsets + kNumOffsets * t + offset_place(kBits);
+    I32 first = kOffset ? _mm512_set1_epi32(offset[0]) : _mm512_setzero_si512();
+    I32 second = kHalves && kOffset ? _mm512_set1_epi32(offset[1]) : _mm512_setzero_si512();
     const std::int8_t* xt = x + kTileCols * t;
     dot_step(first, tile.step[0], xt);
     dot_step(second, tile.step[4], xt + 16);
@@ -113,6 +131,15 @@ using I32 = __m256i;
 constexpr int kTokensPerTile = 4;
 
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
+inline std::int32_t store_i8(std::int8_t* p, F32 whole) {
+  const __m256i ints = _mm256_cvtps_epi32(whole);
+  const __m128i low = _mm256_castsi256_si128(ints), high = _mm256_extracti128_si256(ints, 1);
+  const __m128i words = _mm_packs_epi32(low, high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  const __m128i four = _mm_add_epi32(low, high);
+  const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_srli_epi64(two, 32)));
+}
 inline F32 widen_u8(const std::uint8_t* p) {
   return _mm256_cvtepi32_ps(
       _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -176,9 +203,9 @@ inline __m256i broadcast4(const std::int8_t* x) {
 // Pairs of products are added up in int16 for as many steps as cannot overflow (a pair is at most 2
 // * 127 * (2^bits - 1)): eight steps for 4 bits, four for 5, two for 6; 8-bit values go as |value|
 // * (x with the value's sign), a step at a time.
-template <int kBits, bool kHalves, int kTokens>
-FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x,
-                              const std::int32_t* x_sums, I32 (*sums)[kTokens][kParts]) {
+template <int kBits, bool kHalves, bool kOffset, int kTokens>
+FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
+                              const std::int32_t* offsets, I32 (*sums)[kTokens][kParts]) {
   const __m256i ones = _mm256_set1_epi16(1);
   constexpr int kRun = kBits == 4 ? (kHalves ? 4 : 8) : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
   I32 total[2][kTokens][2];
@@ -217,10 +244,11 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, int zero_point, const std
   }
   for (int part = 0; part < (kHalves ? 2 : 1); ++part) {
     for (int t = 0; t < kTokens; ++t) {
-      const std::int32_t x_sum = kHalves ? x_sums[2 * t + part] : x_sums[2 * t] + x_sums[2 * t + 1];
-      const __m256i offset = _mm256_set1_epi32(kBits == 8 ? 0 : zero_point * x_sum);
+      const std::int32_t* place = offsets + kNumOffsets * t + offset_place(kBits) + part;
+      constexpr bool kAdds = kOffset && kBits != 8;  // 8-bit values are signed here
+      const __m256i offset = kAdds ? _mm256_set1_epi32(*place) : _mm256_setzero_si256();
       for (int half = 0; half < 2; ++half)
-        sums[part][t][half] = _mm256_sub_epi32(total[part][t][half], offset);
+        sums[part][t][half] = _mm256_add_epi32(total[part][t][half], offset);
     }
   }
 }
@@ -230,6 +258,14 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, int zero_point, const std
 constexpr int kTokensPerTile = 2;
 
 inline F32 to_f32(I32 a) { return __builtin_convertvector(a, F32); }
+inline std::int32_t store_i8(std::int8_t* p, F32 whole) {
+  std::int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    p[i] = static_cast<std::int8_t>(whole[i]);
+    sum += p[i];
+  }
+  return sum;
+}
 inline F32 widen_u8(const std::uint8_t* p) {
   return F32{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
              static_cast<float>(p[3])};
@@ -260,14 +296,15 @@ struct Tile {
   }
 };
 
-template <int kBits, bool kHalves, int kTokens>
-FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, int zero_point, const std::int8_t* x,
-                              const std::int32_t* x_sums, I32 (*sums)[kTokens][kParts]) {
+template <int kBits, bool kHalves, bool kOffset, int kTokens>
+FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
+                              const std::int32_t* offsets, I32 (*sums)[kTokens][kParts]) {
   for (int t = 0; t < kTokens; ++t) {
+    const std::int32_t* offset = offsets + kNumOffsets * t + offset_place(kBits);
     std::int32_t total[2][16];
     for (int part = 0; part < 2; ++part) {
       for (int row = 0; row < 16; ++row) {
-        std::int32_t sum = -zero_point * x_sums[2 * t + part];
+        std::int32_t sum = kOffset && (kHalves || part == 0) ? offset[part] : 0;
         for (int s = 4 * part; s < 4 * part + 4; ++s) {
           for (int i = 0; i < 4; ++i)
             sum += tile.step[s][4 * row + i] * x[kTileCols * t + 4 * s + i];

@@ -209,21 +209,35 @@ inline F32 zero_below(F32 value, F32 x, F32 bound) { return x >= bound ? value :
 #endif
 
 // Lanes are added in one fixed order, by halves.
+#if defined(FULLBEAM_ISA_portable)
+inline float reduce_add(F32 a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+inline float reduce_max(F32 a) {
+  const float low = a[0] > a[2] ? a[0] : a[2], high = a[1] > a[3] ? a[1] : a[3];
+  return low > high ? low : high;
+}
+#else
+inline float reduce_add_8(__m256 a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float reduce_max_8(__m256 a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#if defined(FULLBEAM_ISA_avx512)
 inline float reduce_add(F32 a) {
-  float lanes[kLanes];
-  store(lanes, a);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return reduce_add_8(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
 }
 inline float reduce_max(F32 a) {
-  float lanes[kLanes];
-  store(lanes, a);
-  float best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+  return reduce_max_8(_mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)));
 }
+#else
+inline float reduce_add(F32 a) { return reduce_add_8(a); }
+inline float reduce_max(F32 a) { return reduce_max_8(a); }
+#endif
+#endif
 
 // e^x within 2 ulp; 0 below -87.3 (where the result would be subnormal) and for -infinity; x is
 // capped at 88.3.

@@ -52,6 +52,25 @@ inline F set1_ps(float a) { return of_halves(_mm256_set1_ps(a), _mm256_set1_ps(a
 inline I set1_epi32(int a) { return of_halves(_mm256_set1_epi32(a), _mm256_set1_epi32(a)); }
 inline I set1_epi8(char a) { return of_halves(_mm256_set1_epi8(a), _mm256_set1_epi8(a)); }
 
+inline __m256 castps512_ps256(F a) { return a.half[0]; }
+template <int kHalf>
+inline __m256 extractf32x8_ps(F a) {
+  return a.half[kHalf];
+}
+inline I setzero_si512() { return set1_epi32(0); }
+inline __m128i cvtepi32_epi8(I a) {
+  std::int32_t from[16];
+  std::int8_t to[16];
+  std::memcpy(from, &a, 64);
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<std::int8_t>(from[i]);
+  return cast<__m128i>(to);
+}
+inline int reduce_add_epi32(I a) {
+  std::int32_t lanes[16], sum = 0;
+  std::memcpy(lanes, &a, 64);
+  for (int lane : lanes) sum += lane;
+  return sum;
+}
 inline F add_ps(F a, F b) {
   return of_halves(_mm256_add_ps(a.half[0], b.half[0]), _mm256_add_ps(a.half[1], b.half[1]));
 }
@@ -183,7 +202,9 @@ inline __m256i cvtps_ph(F a) {
 #define _mm512_and_si512 simulated::and_si512
 #define _mm512_castps_si512 simulated::cast<simulated::I>
 #define _mm512_castsi512_ps simulated::cast<simulated::F>
+#define _mm512_castps512_ps256 simulated::castps512_ps256
 #define _mm512_cmp_ps_mask(a, b, predicate) simulated::cmp_ps_mask<predicate>(a, b)
+#define _mm512_cvtepi32_epi8 simulated::cvtepi32_epi8
 #define _mm512_cvtepi32_ps simulated::cvtepi32_ps
 #define _mm512_cvtepi8_epi32 simulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 simulated::cvtepu16_epi32
@@ -193,6 +214,7 @@ inline __m256i cvtps_ph(F a) {
 #define _mm512_cvtps_ph(a, rounding) simulated::cvtps_ph<rounding>(a)
 #define _mm512_div_ps simulated::div_ps
 #define _mm512_dpbusd_epi32 simulated::dpbusd_epi32
+#define _mm512_extractf32x8_ps(a, half) simulated::extractf32x8_ps<half>(a)
 #define _mm512_fmadd_ps simulated::fmadd_ps
 #define _mm512_loadu_ps simulated::loadu_ps
 #define _mm512_loadu_si512 simulated::loadu_si512
@@ -203,10 +225,12 @@ inline __m256i cvtps_ph(F a) {
 #define _mm512_min_ps simulated::min_ps
 #define _mm512_mul_ps simulated::mul_ps
 #define _mm512_or_si512 simulated::or_si512
+#define _mm512_reduce_add_epi32 simulated::reduce_add_epi32
 #define _mm512_roundscale_ps(a, imm) simulated::roundscale_ps<imm>(a)
 #define _mm512_set1_epi32 simulated::set1_epi32
 #define _mm512_set1_epi8 simulated::set1_epi8
 #define _mm512_set1_ps simulated::set1_ps
+#define _mm512_setzero_si512 simulated::setzero_si512
 #define _mm512_slli_epi16 simulated::slli_epi16
 #define _mm512_slli_epi32 simulated::slli_epi32
 #define _mm512_srli_epi16 simulated::srli_epi16
