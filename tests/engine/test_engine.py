@@ -8,9 +8,11 @@ import pytest
 
 import fake_model
 from engine_harness import Harness, prompt_logprobs
+from fullbeam.engine import engine as engine_module
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
 from fullbeam.engine.sequence import Finished, RequestCancelled
+from fullbeam.engine.sorted_tokens import SortedTokens
 from fullbeam.engine.text import Piece
 from fullbeam.models.vocabulary import InfillTokens
 from fullbeam.params import CompletionParams, ContextLengthError, ParameterError
@@ -413,10 +415,13 @@ def test_min_tokens_beyond_the_default_length() -> None:
         Harness().submit("a", min_tokens=17)
 
 
-@pytest.mark.parametrize("field", ["beam_size", "best_of", "prompt_logprobs"])
-def test_what_is_known_at_the_end_cannot_be_streamed(field: str) -> None:
-    with pytest.raises(ParameterError, match=f"{field} must be left out of a streamed completion"):
-        Harness().submit("a", stream=True, **{field: 2})
+@pytest.mark.parametrize("fields", [{"beam_size": 2}, {"best_of": 3}, {"prompt_logprobs": 2}])
+def test_what_is_known_at_the_end_is_streamed_there(fields: dict[str, Any]) -> None:
+    harness = Harness()
+    whole = harness.submit("abc", max_tokens=9, seed=1, **fields)
+    streamed = harness.submit("abc", max_tokens=9, seed=1, stream=True, **fields)
+    harness.run()
+    assert harness.choices(streamed) == harness.choices(whole)
 
 
 def test_when_no_token_is_allowed_the_request_fails() -> None:
@@ -621,6 +626,43 @@ def test_context_len_keeps_the_end_of_the_prompt(context_len: int, expected: int
     harness.run()
 
 
+def test_truncation_keeps_the_end_of_a_text_to_the_token() -> None:
+    harness = Harness(context=40)
+    text = "a\nb\ncd"
+
+    def ids(num_kept: int, **fields: Any) -> list[int]:
+        request = harness.submit(text, max_tokens=10, truncate_prompt_tokens=num_kept, **fields)
+        return request.prompt_ids.tolist()
+
+    assert ids(100) == ids(-1) == [fake_model.BOS, 2, 7, 3, 7, 11]
+    assert ids(3) == [fake_model.BOS, 7, 11]  # whole lines would be one token less
+    assert ids(2, add_special_tokens=False) == [7, 11]
+    assert len(harness.submit([3] * 50, max_tokens=10, truncate_prompt_tokens=-1).prompt_ids) == 30
+    with pytest.raises(ContextLengthError):
+        harness.submit([3] * 50, max_tokens=10, truncate_prompt_tokens=31)
+    harness.run()
+
+
+def test_tokens_may_be_named_by_their_ids() -> None:
+    fields: dict[str, Any] = {"max_tokens": 2, "echo": True, "logprobs": 30, "temperature": 0}
+    piece = Harness().complete([2, 3], return_tokens_as_token_ids=True, **fields)[0]
+    assert piece.logprobs is not None
+    ids = [2, 3, *piece.token_ids]
+    assert piece.logprobs.tokens == [f"token_id:{token_id}" for token_id in ids]
+    names = {f"token_id:{token_id}" for token_id in range(fake_model.VOCAB_SIZE)}
+    assert [set(top or ()) for top in piece.logprobs.top_logprobs] == [set(), names, names, names]
+
+
+def test_number_of_scored_values_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_MAX_SCORED_VALUES", 3 * fake_model.VOCAB_SIZE)
+    harness = Harness()
+    harness.submit([2, 3, 4], prompt_logprobs=-1)
+    harness.submit([2, 3, 4, 5], prompt_logprobs=8)
+    with pytest.raises(ValueError, match="prompt_logprobs must be at least 0 for a prompt of more"):
+        harness.submit([2, 3, 4, 5], prompt_logprobs=-1)
+    harness.run()
+
+
 def test_offsets_of_a_prompt_whose_end_was_kept() -> None:
     fields: dict[str, Any] = {"max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
     piece = Harness().complete("a\n" * 20 + "cd", context_len=6, **fields)[0]
@@ -645,6 +687,28 @@ def test_suffix_fills_the_middle_and_its_marks_end_the_text() -> None:
     piece = harness.choices(request)[0]
     assert request.prompt_ids.tolist() == [fake_model.BOS, 22, 8, 21, 13, 20]
     assert (piece.text, piece.token_ids, piece.finish_reason) == ("ab", [21], "stop")
+
+
+def test_suffix_prefix_and_healing_go_together() -> None:
+    harness = Harness()
+    harness.engine.tokenizer.infill = InfillTokens(prefix=22, suffix=21, middle=20)  # type: ignore[misc]
+    fields: dict[str, Any] = {"suffix": "dd", "prefix": "b", "token_healing": True}
+    request = harness.submit("d a", **fields, beam_size=3, mode="FULL_LINE", only_full_lines=False)
+    harness.run()
+    assert request.prompt_ids.tolist() == [fake_model.BOS, 22, 5, 6, 21, 13, 20]
+    assert (request.constraint, request.healed) == (b"ab", b"a")
+    texts = [piece.text for piece in harness.choices(request)]
+    assert texts
+    assert all(text.startswith("b") for text in texts)
+    assert {20, 21, 22} <= request.end_ids
+
+
+def test_prepare_leaves_nothing_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness()
+    harness.engine.prepare()
+    monkeypatch.delattr(fake_model.FakeTokenizer, "all_token_bytes")
+    monkeypatch.delattr(SortedTokens, "characters")
+    assert harness.complete("d a", token_healing=True, beam_size=2, mode="ONE_TOKEN") is not None
 
 
 def test_suffix_needs_infill_tokens() -> None:

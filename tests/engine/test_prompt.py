@@ -264,6 +264,22 @@ def test_too_long_infill_prompts_keep_what_is_near_the_gap() -> None:
         encode(4)
 
 
+def test_long_texts_are_not_encoded_whole() -> None:
+    tokenizer = Infilling(False)
+    encode, num_chars = tokenizer.encode, 0
+
+    def counted(text: str, **options: Any) -> list[int]:
+        nonlocal num_chars
+        num_chars += len(text)
+        return encode(text, **options)
+
+    tokenizer.encode = counted  # type: ignore[method-assign]
+    text = "ab cd\n" * 10_000
+    assert len(encode_infill(tokenizer, SIZE, text, "b", max_tokens=50)) <= 50
+    assert len(encode_prompt(tokenizer, SIZE, text, max_tokens=50)) <= 50
+    assert num_chars < 2000
+
+
 def test_a_model_without_infill_tokens_names_the_suffix() -> None:
     with pytest.raises(ValueError, match="suffix must be left out: the model has no infill tokens"):
         encode_infill(FAKE, SIZE, "a", "b")
@@ -280,10 +296,10 @@ def test_a_real_infill_prompt() -> None:
     tokenizer = real_tokenizer(QWEN)
     size = tokenizer.vocab_size
     ids = encode_infill(tokenizer, size, "def f(", ")").tolist()
-    assert ids == tokenizer.encode("<|fim_prefix|>def f(<|fim_suffix|>)<|fim_middle|>")
+    assert ids == tokenizer.encode("<|fim_prefix|><|fim_suffix|>)<|fim_middle|>def f(")
     literal: dict[str, Any] = {"add_special_tokens": False, "parse_special": False}
     ids = encode_infill(tokenizer, size, "a<|fim_middle|>", "b").tolist()
     assert ids.count(151660) == 1
-    assert ids[1:-3] == tokenizer.encode("a<|fim_middle|>", **literal)
+    assert ids[4:] == tokenizer.encode("a<|fim_middle|>", **literal)
     with pytest.raises(ValueError, match="suffix"):
         encode_infill(real_tokenizer(GEMMA), 262144, "a", "b")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,16 @@ from fullbeam.engine.search import Search
 from fullbeam.engine.sequence import Finished, Request, RequestCancelled
 from fullbeam.engine.text import Piece
 from fullbeam.params import CompletionParams, ContextLengthError
+from table_model import (
+    AFTER,
+    LETTERS,
+    NUMPY,
+    NUMPY_AFTER,
+    NUMPY_START,
+    START,
+    TableDecoder,
+    TableTokenizer,
+)
 
 PROMPT = [2, 3, 4, 5, 6, 2, 9]
 
@@ -206,6 +215,18 @@ def test_a_cancelled_search_frees_its_pages() -> None:
     assert isinstance(harness.events[request][-1], RequestCancelled)
 
 
+def test_a_streamed_search_delivers_its_results_when_it_is_done() -> None:
+    fields = {"beam_size": 3, "n": 2, "max_tokens": 6}
+    expected, _ = events_of(fields)
+    harness = Harness(context=64, max_rows=8)
+    request = harness.submit(PROMPT, stream=True, **fields)
+    harness.engine.step()
+    harness.engine.step()
+    assert harness.events[request] == []
+    harness.run()
+    assert harness.events[request] == expected
+
+
 def test_logprobs_of_a_search_are_the_models() -> None:
     """Raw values, also where a bias moves the search."""
     events, _ = events_of(
@@ -234,63 +255,15 @@ def test_a_model_without_finite_logits_fails_the_search() -> None:
 
 def test_what_cannot_run_is_refused_at_the_door() -> None:
     harness = Harness(context=64, max_rows=4, num_pages=32, page_size=4)
-    with pytest.raises(ValueError, match=r"beam_size \* diversity_groups must be at most 4"):
+    with pytest.raises(ValueError, match=r"beam_size must be at most 4 \(max_rows\) in all"):
         harness.submit(PROMPT, beam_size=5)
-    with pytest.raises(ValueError, match="must fit into the KV cache of 128 tokens"):
+    with pytest.raises(
+        ValueError, match="max_tokens must be such that 4 hypotheses fit into the 1"
+    ):
         harness.submit(PROMPT, beam_size=4, max_tokens=40)
     with pytest.raises(ContextLengthError):
-        harness.submit(PROMPT, beam_size=4, max_tokens=0)
-    with pytest.raises(ValueError, match="beam_size must be left out of a streamed"):
-        harness.submit(PROMPT, beam_size=4, stream=True)
+        harness.submit([2] * 64, beam_size=4)
     assert harness.engine.num_waiting == 0
-
-
-class TableDecoder(fake_model.FakeDecoder):
-    """The worked examples' model: probabilities depend on the last token alone."""
-
-    def __init__(self, start: list[float], after: list[list[float]]) -> None:
-        super().__init__(64)
-        with np.errstate(divide="ignore"):
-            self.after = np.log(np.array([*after, start]))  # the prompt is the last token
-        self.config = SimpleNamespace(vocab_size=len(after) + 1, context_len=64)
-
-    def forward(self, batch: Any, kv: Any) -> Any:
-        fake_model.check_batch(batch, kv.cells.shape)
-        rows = self.after[batch.token_ids[batch.logit_rows]].astype(np.float32)
-        return np.pad(rows, ((0, 0), (0, 1)), constant_values=-np.inf)
-
-
-class TableTokenizer(fake_model.FakeTokenizer):
-    eos_ids = frozenset()
-
-    def __init__(self, pieces: list[str]) -> None:
-        self.pieces = [piece.encode() for piece in [*pieces, ""]]
-        self.vocab_size = len(self.pieces)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self.pieces[token_id]
-
-    def all_token_bytes(self) -> list[bytes]:
-        return self.pieces
-
-
-LETTERS = ["a", "b", "c", " ", "\n"]
-START = [0.40, 0.30, 0.15, 0.10, 0.05]
-AFTER = [
-    [0.10, 0.20, 0.30, 0.15, 0.25],
-    [0.05, 0.05, 0.10, 0.20, 0.60],
-    [0.30, 0.10, 0.05, 0.20, 0.35],
-    [0.50, 0.20, 0.20, 0.05, 0.05],
-    [0.20, 0.20, 0.20, 0.20, 0.20],
-]
-NUMPY = ["nu", "num", "numpy", "m", "\n"]
-NUMPY_AFTER = [
-    [0.2] * 5,
-    [0.04, 0.05, 0.06, 0.15, 0.70],
-    [0.02, 0.03, 0.04, 0.06, 0.85],
-    [0.2] * 5,
-    [0.2] * 5,
-]
 
 
 def suggest(pieces: list[str], start: list[float], after: list[list[float]], **fields: Any) -> Any:
@@ -352,7 +325,7 @@ def test_example_3_the_penalty_is_not_compounded() -> None:
 def test_example_4_prefix_constraint(mode: str) -> None:
     found = suggest(
         NUMPY,
-        [0.10, 0.25, 0.40, 0.05, 0.20],
+        NUMPY_START,
         NUMPY_AFTER,
         beam_size=2,
         max_tokens=2,

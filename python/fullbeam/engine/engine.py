@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ from fullbeam.params import (
 
 _log = logging.getLogger(__name__)
 
+_MAX_SCORED_VALUES = 2**22
+"""Most log-probabilities of a prompt: a million of them take some 300 MB as Python objects."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -53,6 +57,8 @@ class EngineStats:
     num_reused_tokens: int  # prompt tokens spared by prefix reuse
     num_generated_tokens: int
     num_preemptions: int
+    num_prompt_tokens: int  # of all prompts that were queued
+    num_cancelled: int  # prompts that were cancelled before they were done
 
 
 class Engine:
@@ -130,6 +136,8 @@ class Engine:
         self._is_closed = False
         self._num_computed_tokens = 0
         self._num_generated_tokens = 0
+        self._num_prompt_tokens = 0
+        self._num_cancelled = 0
 
     def submit(
         self,
@@ -150,7 +158,7 @@ class Engine:
             How to complete it; None: the defaults.
         on_event
             Called with each `Piece`: one for each choice, or as text comes where `stream` is
-            given. A choice ends with the piece that has a `finish_reason`. The last event is
+            given (of a search, or with `best_of`, when all is done). A choice ends with the piece that has a `finish_reason`. The last event is
             `Finished`, or the exception with which the request failed or was cancelled.
         prompt_index
             Which of the caller's prompts this is: a key of the random draws, and part of
@@ -168,9 +176,8 @@ class Engine:
         if self._is_closed:
             raise RuntimeError("submit: the engine is closed")
         self._check_ids(params)
-        if stream:
-            params.check_stream()
         token_ids, constraint = self._encode(prompt, params)
+        self._check_num_scored(len(token_ids), params)
         max_tokens = self._num_allowed(len(token_ids), params.max_tokens)
         if params.min_tokens > max_tokens:
             bound = f"at most max_tokens = {max_tokens}"
@@ -212,6 +219,10 @@ class Engine:
             ]
         self._post(self._enter, request)
         return request
+
+    def prepare(self) -> None:
+        """Build what the first search would have to wait for; any thread may."""
+        self._index.build()
 
     def cancel(self, request: Request) -> None:
         """Stop a request and free its rows and pages, at once or when the step under way ends."""
@@ -277,6 +288,8 @@ class Engine:
             num_reused_tokens=scheduler.num_reused_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cancelled=self._num_cancelled,
         )
 
     def check(self) -> None:
@@ -298,15 +311,10 @@ class Engine:
             if prompt is not None and not isinstance(prompt, str):
                 raise ValueError("submit: token_healing must be left out: the prompt is token ids")
             prompt, constraint = heal(prompt or "", params.prefix, self._index)
-        most = None
-        if params.context_len is not None:
-            wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
-            most = max(1, self.context - wanted)
-            if params.context_len > 0:
-                most = min(most, params.context_len)
         options: dict[str, Any] = {
             "add_special_tokens": params.add_special_tokens,
-            "max_tokens": most,
+            "max_tokens": self._num_kept(params),
+            "whole_lines": params.truncate_prompt_tokens is None,
         }
         if params.suffix:
             ids = encode_infill(self.tokenizer, self._vocab_size, prompt, params.suffix, **options)
@@ -314,23 +322,29 @@ class Engine:
             ids = encode_prompt(self.tokenizer, self._vocab_size, prompt, **options)
         if constraint and not self._index.allowed_mask(constraint).any():
             text = constraint.decode("utf-8", "replace")
-            raise ValueError(f"submit: prefix must be text that the tokens can spell, got {text!r}")
+            raise ParameterError("prefix", "text that the tokens can spell", text)
         return ids, constraint
+
+    def _num_kept(self, params: CompletionParams) -> int | None:
+        """Return how many tokens of the prompt to keep; None: all."""
+        wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
+        room = max(1, self.context - wanted)
+        if params.context_len is not None:
+            return min(params.context_len, room) if params.context_len > 0 else room
+        return room if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens
 
     def _check_search(self, request: Request) -> None:
         pool, params = self._scheduler.pool, request.params
         if params.width > self.max_rows:
-            raise ValueError(
-                f"submit: beam_size * diversity_groups must be at most {self.max_rows} (max_rows), "
-                f"got {params.width}"
-            )
+            bound = f"at most {self.max_rows} (max_rows) in all groups"
+            raise ParameterError("beam_size", bound, params.width)
         num_pages = -(-request.num_prompt_tokens // pool.page_size)
         num_pages += -(-(params.width * (request.max_tokens - 1)) // pool.page_size)
         if num_pages > pool.num_pages:
-            raise ValueError(
-                f"submit: prompt + beam_size * diversity_groups * max_tokens must fit into the KV "
-                f"cache of {pool.num_pages * pool.page_size} tokens, got "
-                f"{request.num_prompt_tokens} + {params.width} * {request.max_tokens}"
+            num_tokens = pool.num_pages * pool.page_size - request.num_prompt_tokens
+            bound = f"such that {params.width} hypotheses fit into the {num_tokens} tokens"
+            raise ParameterError(
+                "max_tokens", f"{bound} that the prompt leaves of the KV cache", request.max_tokens
             )
 
     def _check_ids(self, params: CompletionParams) -> None:
@@ -345,6 +359,12 @@ class Engine:
                 raise ValueError(
                     f"submit: {field} must be in 0..{self._vocab_size - 1}, got {max(ids)}"
                 )
+
+    def _check_num_scored(self, num_prompt: int, params: CompletionParams) -> None:
+        most = _MAX_SCORED_VALUES // self._vocab_size
+        if params.num_top_scored == -1 and num_prompt > most:
+            bound = f"at least 0 for a prompt of more than {most} tokens"
+            raise ParameterError("prompt_logprobs", bound, -1)
 
     def _rules(
         self, params: CompletionParams, end_ids: frozenset[int], constraint: bytes
@@ -403,6 +423,7 @@ class Engine:
         return busy
 
     def _enter(self, request: Request) -> None:
+        self._num_prompt_tokens += request.num_prompt_tokens
         for sequence in request.sequences:
             if sequence.num_trunk_tokens == 0:  # nothing to compute
                 sequence.finish_without_token()
@@ -414,6 +435,7 @@ class Engine:
 
     def _drop(self, request: Request) -> None:
         if not request.closed:
+            self._num_cancelled += 1
             self._fail(request, RequestCancelled("the request was cancelled"))
 
     def _fail(self, request: Request, error: Exception) -> None:
@@ -436,6 +458,9 @@ class Engine:
         except Exception as cause:
             self._fail_all([work.sequence for work in works], cause)
             return
+        now = time.monotonic()
+        for request in {work.sequence.request for work in works if work.num_draws}:
+            request.note_tokens(now)
         self._num_computed_tokens += sum(work.count for work in works)
         self._num_generated_tokens += len(selection.token_ids)
         self._num_generated_tokens += sum(map(len, selection.chosen.values()))
@@ -475,8 +500,7 @@ class Engine:
             self._deliver(request, piece)
         if not request.closed:
             request.closed = True
-            num_tokens = sum(sequence.num_generated for sequence in request.sequences)
-            self._deliver(request, Finished(request.indices, num_tokens))
+            self._deliver(request, Finished(request.indices, request.num_generated))
 
     def _deliver(self, request: Request, event: Event) -> None:
         try:
