@@ -18,9 +18,10 @@ import pytest
 import fake_model
 import fullbeam
 from fullbeam.engine.engine import Engine
-from fullbeam.engine.sequence import RequestCancelled
+from fullbeam.engine.sequence import Finished, RequestCancelled
 from fullbeam.model import Model, load, split_prompt
 from fullbeam.params import CompletionParams
+from fullbeam.results import Tally, Usage
 
 GREEDY: dict[str, Any] = {"ignore_eos": True, "temperature": 0}
 BOS = fake_model.BOS
@@ -312,6 +313,14 @@ def test_load_refuses_devices() -> None:
         load("x", device="gpu")
     with pytest.raises(NotImplementedError, match="'cuda' is not in this build"):
         load("x", device="cuda")
+
+
+def test_end_of_a_prompt_costs_what_has_come_of_it() -> None:
+    tally = Tally(num_prompt_tokens=1, num_open=1)
+    tally.num_generated = {3: 5, 2 * 10**15: 7}
+    tally.add(Finished(range(10**15), 6))  # a search without a limit but a large `top_n`
+    assert tally.num_generated == {2 * 10**15: 7}
+    assert tally.usage == Usage(1, 13)
 
 
 def test_import_is_light() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fullbeam.params import CompletionParams, ParameterError
+from fullbeam.params import CompletionParams, ParameterError, field_schema
 
 
 def test_defaults() -> None:
@@ -43,7 +43,7 @@ def test_defaults() -> None:
         ("seed", -(2**63) - 1),
         ("n", 0),
         ("n", 129),
-        ("stop", ["x"] * 65),
+        ("stop", ["x"] * 1025),
         ("stop_token_ids", [-1]),
         ("logprobs", -1),
         ("logprobs", 101),
@@ -62,6 +62,7 @@ def test_defaults() -> None:
         ("prompt_logprobs", 101),
         ("context_len", 0),
         ("context_len", -2),
+        ("truncate_prompt_tokens", 0),
         ("beam_size", 0),
         ("beam_size", 129),
         ("diversity_groups", 0),
@@ -124,10 +125,12 @@ def test_values_out_of_range_name_the_field(field: str, value: Any) -> None:
         ("skip_special_tokens", None),
         ("add_special_tokens", "no"),
         ("prompt_logprobs", True),
+        ("return_tokens_as_token_ids", 1),
         ("suffix", b"x"),
         ("prefix", None),
         ("token_healing", 1),
         ("context_len", 5.0),
+        ("truncate_prompt_tokens", "5"),
         ("beam_size", True),
         ("diversity_groups", None),
         ("diversity_strength", "1"),
@@ -184,6 +187,8 @@ def test_frozen_comparable_and_copyable() -> None:
     [
         ({"min_tokens": 3, "max_tokens": 2}, "min_tokens", "at most max_tokens = 2"),
         ({"best_of": 2, "n": 3}, "best_of", "at least n = 3"),
+        ({"context_len": 3, "truncate_prompt_tokens": 3}, "truncate_prompt_tokens", "left out"),
+        ({"max_tokens": 0, "beam_size": 2}, "max_tokens", "at least 1 beside beam_size"),
         ({"best_of": 2, "beam_size": 2}, "best_of", "left out beside beam_size"),
         ({"temperature": 0, "beam_size": 2}, "temperature", "left out beside beam_size"),
         ({"presence_penalty": 1, "beam_size": 2}, "presence_penalty", "left out beside beam_size"),
@@ -277,3 +282,30 @@ def test_when_suggestions_are_alike() -> None:
 
 def test_an_empty_suffix_is_none() -> None:
     assert CompletionParams(suffix="").suffix is None
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(CompletionParams)])
+def test_schemas_are_those_of_the_checks(name: str) -> None:
+    schema = field_schema(name)
+    assert schema["description"]
+    default = CompletionParams.__dataclass_fields__[name].default
+    assert schema["default"] == (list(default) if isinstance(default, tuple) else default)
+    beside: dict[str, Any] = {"mode": {"beam_size": 2}, "diversity_strength": {"beam_size": 2}}
+    search = ("length_penalty", "len_norm_base", "len_norm_pow", "diversity_groups")
+    beside |= {other: {"beam_size": 1} for other in search}
+    suggest = {"beam_size": 2, "mode": "FULL_LINE"}
+    suggestions = ("top_n", "group_top_n", "min_prefix_dist", "min_edit_dist", "keep_kinds")
+    beside |= {other: suggest for other in suggestions}
+    for option in schema.get("anyOf", [schema]):
+        if "minimum" in option:
+            low = option["minimum"]
+            largest = {"min_tokens": {"max_tokens": None}}.get(name, {})
+            CompletionParams(**{name: low}, **beside.get(name, {}), **largest)
+            with pytest.raises(ParameterError):
+                CompletionParams(**{name: low - 2}, **beside.get(name, {}))
+        if "maximum" in option:
+            CompletionParams(**{name: option["maximum"]}, **beside.get(name, {}))
+            with pytest.raises(ParameterError):
+                CompletionParams(**{name: option["maximum"] + 1}, **beside.get(name, {}))
+        for word in option.get("enum", []):
+            CompletionParams(**{name: word}, **beside.get(name, {}))

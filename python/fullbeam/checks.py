@@ -14,7 +14,6 @@ from typing import Any
 
 Json = dict[str, Any]
 
-_STRINGS: Json = {"type": "array", "items": {"type": "string"}, "maxItems": 64}
 _KINDS = ("short", "prob", "long")
 _TOKEN_ID: Json = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 
@@ -105,7 +104,7 @@ def _text(field: str, value: Any) -> str:
     return value
 
 
-def _strings(field: str, value: Any) -> tuple[str, ...]:
+def _strings(field: str, value: Any, most: int = 64) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
@@ -116,8 +115,8 @@ def _strings(field: str, value: Any) -> tuple[str, ...]:
     for item in items:
         if not isinstance(item, str):
             raise _kind(field, "a string or several", item)
-    if len(items) > 64:
-        raise ParameterError(field, "at most 64 strings", len(items))
+    if len(items) > most:
+        raise ParameterError(field, f"at most {most} strings", len(items))
     return tuple(dict.fromkeys(item for item in items if item))
 
 
@@ -153,6 +152,15 @@ def _num_kept(field: str, value: Any) -> int:
     return result
 
 
+def strings(most: int) -> Check:
+    """Check for at most this many strings; None, one and empty ones become a plain tuple."""
+    several: Json = {"type": "array", "items": {"type": "string"}, "maxItems": most}
+    return Check(
+        lambda field, value: _strings(field, value, most),
+        {"anyOf": [{"type": "string"}, several, {"type": "null"}]},
+    )
+
+
 def one_of(*words: str) -> Check:
     """Check for one of some words."""
 
@@ -175,8 +183,6 @@ flag = Check(_flag, {"type": "boolean"})
 """Check for a bool."""
 text = Check(_text, {"type": "string"})
 """Check for a string."""
-strings = Check(_strings, {"anyOf": [{"type": "string"}, _STRINGS, {"type": "null"}]})
-"""Check for at most 64 strings; None, one and empty ones become a plain tuple."""
 token_ids = Check(_token_ids, {"type": "array", "items": _TOKEN_ID})
 """Check for token ids; whether the model has them is for the engine to say."""
 biases = Check(

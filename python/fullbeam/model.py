@@ -100,6 +100,8 @@ class Model:
         self.path = path
         self.device = "cpu"
         self.engine = engine
+        self.on_submit: Callable[[list[Request]], None] = lambda requests: None
+        """Told of the requests of each call, in the thread that makes the call."""
         self._loop = EngineLoop(engine)
         self._finalizer = weakref.finalize(self, self._loop.stop)
 
@@ -129,7 +131,7 @@ class Model:
         """
         with CompletionStream(self, prompt, _params(params, fields), stream=False) as stream:
             pieces = list(stream)
-        return _completion(pieces, stream.usage)
+        return _completion(pieces, stream)
 
     def stream(
         self, prompt: Prompt = None, *, params: CompletionParams | None = None, **fields: Any
@@ -149,7 +151,7 @@ class Model:
             pieces = [piece async for piece in stream]
         finally:
             stream.close()
-        return _completion(pieces, stream.usage)
+        return _completion(pieces, stream)
 
     def astream(
         self, prompt: Prompt = None, *, params: CompletionParams | None = None, **fields: Any
@@ -170,6 +172,10 @@ class Model:
             for request, piece in zip(stream.requests, pieces, strict=True)
         ]
         return scores if _is_several(prompt) else scores[0]
+
+    def prepare(self) -> None:
+        """Build now what the first search would have to wait for: some 0.5 s."""
+        self.engine.prepare()
 
     def close(self) -> None:
         """End the thread; calls under way raise RuntimeError."""
@@ -210,6 +216,7 @@ class Model:
                 self.engine.cancel(request)
             raise
         self._loop.start()
+        self.on_submit(requests)
         return requests
 
 
@@ -236,6 +243,11 @@ class _Call:
     def usage(self) -> Usage:
         """Token counts so far."""
         return self._tally.usage
+
+    @property
+    def prompt_token_ids(self) -> list[list[int]]:
+        """What the model was given, for each prompt."""
+        return [request.prompt_ids.tolist() for request in self.requests]
 
     def close(self) -> None:
         """Stop the work that is not done yet."""
@@ -383,9 +395,9 @@ def _params(params: CompletionParams | None, fields: dict[str, Any]) -> Completi
     return params
 
 
-def _completion(pieces: list[Piece], usage: Usage) -> Completion:
+def _completion(pieces: list[Piece], call: _Call) -> Completion:
     choices = [as_choice(piece) for piece in sorted(pieces, key=lambda piece: piece.index)]
-    return Completion(choices, usage)
+    return Completion(choices, call.usage, call.prompt_token_ids)
 
 
 def _score(token_ids: list[int], piece: Piece) -> Score:

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
+import inspect
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -14,6 +18,8 @@ from fullbeam.checks import ParameterError as ParameterError
 DEFAULT_MAX_TOKENS = 16
 MAX_WIDTH = 128
 """Most choices, candidates or hypotheses of a prompt."""
+MAX_STOP = 1024
+"""Most stop strings: each is looked for after every token."""
 
 
 class ContextLengthError(ValueError):
@@ -75,7 +81,7 @@ class CompletionParams:
     best_of: int | None = None
     """Draw this many candidates, return the `n` likeliest per token, `n`..128. None, 0, 1: `n`."""
     stop: str | Iterable[str] | None = None
-    """Strings that end the text, which is cut before them. At most 64; empty ones are ignored."""
+    """Strings that end the text, cut before them, at most 1024. Empty ones are ignored."""
     stop_token_ids: Iterable[int] = ()
     """Tokens that end the text without being part of it, besides the model's end tokens."""
     include_stop_str_in_output: bool = False
@@ -89,7 +95,7 @@ class CompletionParams:
     logprobs: int | None = None
     """Report log-probabilities of each token and of this many likeliest ones, 0..100. None: off."""
     prompt_logprobs: int | None = None
-    """The same for each token of the prompt, by token id, -1..100. -1: all tokens. None: off."""
+    """Report log-probabilities for each token of the prompt, by id, -1..100. -1: of all tokens."""
     return_tokens_as_token_ids: bool = False
     """Name tokens `token_id:N` in `logprobs`, rather than by their text."""
     echo: bool = False
@@ -103,7 +109,7 @@ class CompletionParams:
     context_len: int | None = None
     """Most prompt tokens to keep, from the end, >= 1. -1: what fits. None: refuse what does not."""
     truncate_prompt_tokens: int | None = None
-    """The same, but to the token, where `context_len` keeps whole lines of a text if it can."""
+    """Prompt tokens to keep, from the end, no matter where a line starts. -1: what fits."""
     beam_size: int | None = None
     """Search with this many hypotheses in each group, 1..128. None: draw."""
     diversity_groups: int = 1
@@ -297,6 +303,29 @@ class CompletionParams:
         return cast("tuple[str, ...]", self.keep_kinds)
 
 
+def field_schema(name: str) -> dict[str, Any]:
+    """Return the JSON schema of a field, with its default and what its docstring says."""
+    default = {field.name: field.default for field in fields(CompletionParams)}[name]
+    return _CHECKS[name].schema | {
+        "default": list(default) if isinstance(default, tuple) else default,
+        "description": _docstrings()[name],
+    }
+
+
+@functools.cache
+def _docstrings() -> dict[str, str]:
+    """What stands below each field in the source."""
+    (body,) = ast.parse(inspect.getsource(CompletionParams)).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, below in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            assert isinstance(below.value, ast.Constant)
+            found[field.target.id] = str(below.value.value)
+    return found
+
+
 # Fields that mean something with a mode only, in a search only, in a draw only.
 _MODE_FIELDS = (
     "only_full_lines",
@@ -340,14 +369,14 @@ _CHECKS: Mapping[str, checks.Check] = {
     "repetition_penalty": checks.number(0.01, 100),
     "logit_bias": checks.biases,
     "allowed_token_ids": checks.token_ids,
-    "bad_words": checks.strings,
+    "bad_words": checks.strings(64),
     "seed": checks.optional(checks.integer(-(2**63), 2**63 - 1)),
     "n": checks.integer(1, MAX_WIDTH),
     # Some clients always send 1, whatever n is.
     "best_of": checks.optional(
         checks.integer(0, MAX_WIDTH).then(lambda value: value if value > 1 else None)
     ),
-    "stop": checks.strings,
+    "stop": checks.strings(MAX_STOP),
     "stop_token_ids": checks.token_ids,
     "include_stop_str_in_output": checks.flag,
     "ignore_eos": checks.flag,

@@ -51,6 +51,8 @@ class Completion:
 
     choices: list[Choice]
     usage: Usage
+    prompt_token_ids: list[list[int]] = field(default_factory=list)
+    """What the model was given, for each prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,9 @@ class Tally:
             return
         self.num_open -= 1
         self.num_finished_tokens += event.num_tokens
-        for index in event.indices:
-            self.num_generated.pop(index, None)
+        # `top_n` may allow for any number of indices: few of them have come.
+        for index in [index for index in self.num_generated if index in event.indices]:
+            del self.num_generated[index]
 
     @property
     def usage(self) -> Usage:

@@ -39,8 +39,8 @@ from fullbeam.params import (
 
 _log = logging.getLogger(__name__)
 
-_MAX_SCORED_VALUES = 2**22
-"""Most log-probabilities of a prompt: a million of them take some 300 MB as Python objects."""
+_MAX_SCORED_VALUES = 2**20
+"""Most log-probabilities of a prompt: so many take seconds and 300 MB as Python objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +158,9 @@ class Engine:
             How to complete it; None: the defaults.
         on_event
             Called with each `Piece`: one for each choice, or as text comes where `stream` is
-            given (of a search, or with `best_of`, when all is done). A choice ends with the piece that has a `finish_reason`. The last event is
-            `Finished`, or the exception with which the request failed or was cancelled.
+            given (of a search, or with `best_of`, when all is done). A choice ends with the piece
+            that has a `finish_reason`. The last event is `Finished`, or the exception with which
+            the request failed or was cancelled.
         prompt_index
             Which of the caller's prompts this is: a key of the random draws, and part of
             `Piece.index`.

@@ -21,6 +21,7 @@ def encode_prompt(
     *,
     add_special_tokens: bool = True,
     max_tokens: int | None = None,
+    whole_lines: bool = True,
 ) -> Int32Array:
     """Return a prompt's token ids, checked; "" and None give the start of a document.
 
@@ -33,8 +34,9 @@ def encode_prompt(
     add_special_tokens
         Put the start token before a text, if the model wants one.
     max_tokens
-        Most tokens to keep, >= 1, from the end; of a text, from the start of a line if possible
-        (see `crop_start`), and with the start token. None: all.
+        Most tokens to keep, >= 1, from the end, the start token of a text included. None: all.
+    whole_lines
+        Keep a text from the start of a line if possible (see `crop_start`).
 
     Raises
     ------
@@ -44,7 +46,14 @@ def encode_prompt(
         For an empty list, or ids outside the vocabulary.
     """
     if prompt is None or isinstance(prompt, str):
-        ids = _encode_end(tokenizer, prompt or "", add_special_tokens, max_tokens)
+        text = prompt or ""
+        if max_tokens is None:
+            ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            head = tokenizer.encode("")[:max_tokens] if add_special_tokens else []
+            room = max_tokens - len(head)
+            start = crop_start(text, room, _counter(tokenizer)) if whole_lines else 0
+            ids = [*head, *_last(tokenizer.encode(text[start:], add_special_tokens=False), room)]
         return np.array(ids or _document_start(tokenizer), np.int32)
     if len(prompt) == 0:
         raise ValueError("complete: prompt must be text or at least one token id, got []")
@@ -59,6 +68,7 @@ def encode_infill(
     *,
     add_special_tokens: bool = True,
     max_tokens: int | None = None,
+    whole_lines: bool = True,
 ) -> Int32Array:
     """Return the ids of a prompt with a gap after it, in the order that the model was trained on.
 
@@ -68,7 +78,7 @@ def encode_infill(
 
     Parameters
     ----------
-    tokenizer, vocab_size, add_special_tokens
+    tokenizer, vocab_size, add_special_tokens, whole_lines
         As for `encode_prompt`.
     prompt
         What comes before the gap, text or token ids; a start token at its front stays in front.
@@ -92,7 +102,6 @@ def encode_infill(
     head: list[int] = []
     if prompt is None or isinstance(prompt, str):
         text = prompt or ""
-        ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
         if add_special_tokens:
             head = tokenizer.encode("")
     else:
@@ -100,6 +109,7 @@ def encode_infill(
         if ids[:1] == [tokenizer.bos_id]:
             head, ids = ids[:1], ids[1:]
     after = _encode_after(tokenizer, suffix)
+    room = None
     if max_tokens is not None:
         room = max_tokens - len(head) - len(infill.arrange([], []))
         if room < 1:
@@ -107,13 +117,17 @@ def encode_infill(
                 f"complete: context_len must leave room for a token beside {max_tokens - room} "
                 f"control tokens, got {max_tokens}"
             )
-        if len(ids) + len(after) > room:
-            after = after[: room // 4]
-            room -= len(after)
-            if text is not None:
-                start = crop_start(text, room, _counter(tokenizer))
-                ids = tokenizer.encode(text[start:], add_special_tokens=False, parse_special=False)
-            ids = _last(ids, room)
+    if text is not None:
+        start = 0
+        if room is not None and whole_lines:  # a long text is not encoded whole
+            start = crop_start(text, max(0, room - len(after)), _counter(tokenizer))
+            if start > 0:
+                after = after[: room // 4]
+                start = crop_start(text, room - len(after), _counter(tokenizer))
+        ids = tokenizer.encode(text[start:], add_special_tokens=False, parse_special=False)
+    if room is not None and len(ids) + len(after) > room:
+        after = after[: room // 4]
+        ids = _last(ids, room - len(after))
     return np.array([*head, *infill.arrange(ids, after)], np.int32)
 
 
@@ -184,18 +198,6 @@ def crop_start(text: str, max_tokens: int, count: Callable[[str], int]) -> int:
         mark += step  # its line is gone
     start = text.find("\n", mark - 1) + 1
     return start if first <= start <= (first + len(text)) // 2 else first
-
-
-def _encode_end(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_tokens: int | None
-) -> list[int]:
-    if max_tokens is None:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    head = tokenizer.encode("")[:max_tokens] if add_special_tokens else []
-    room = max_tokens - len(head)
-    start = crop_start(text, room, _counter(tokenizer))
-    ids = tokenizer.encode(text[start:], add_special_tokens=False)
-    return [*head, *_last(ids, room)]
 
 
 def _encode_after(tokenizer: Tokenizer, text: str) -> list[int]:

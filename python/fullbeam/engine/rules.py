@@ -46,6 +46,10 @@ class TokenIndex:
                 self._tokens = SortedTokens(self.tokenizer.all_token_bytes()[: self.vocab_size])
             return self._tokens
 
+    def build(self) -> None:
+        """Build now what the first look-up would have to wait for."""
+        assert self._characters is not None
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token, b"" also for those that only the model has."""
         known = token_id < self.tokenizer.vocab_size

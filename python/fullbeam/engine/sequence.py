@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,6 +63,10 @@ class Request:
     constraint: bytes = b""  # what the generated text starts with; ends with the prefix
     sequences: list[Sequence] = field(default_factory=list)
     closed: bool = False  # nothing more is reported
+    submitted_at: float = field(default_factory=time.monotonic)  # in seconds, as are the next
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    num_token_steps: int = 0  # steps that gave tokens: one each to all rows that were running
     _text: str | None = None
     _offsets: list[int] | None = None
     _ranked: list[dict[int, RankedLogprob] | None] | None = None
@@ -70,6 +75,25 @@ class Request:
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt, the start-of-document token included."""
         return len(self.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far, for all choices and candidates."""
+        return sum(sequence.num_generated for sequence in self.sequences)
+
+    def note_tokens(self, now: float) -> None:
+        """Take note of a step that gave tokens."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+        self.last_token_at = now
+        self.num_token_steps += 1
+
+    @property
+    def token_interval_s(self) -> float | None:
+        """Mean time from one token to the next; None before the second one."""
+        if self.first_token_at is None or self.num_token_steps < 2:
+            return None
+        return (self.last_token_at - self.first_token_at) / (self.num_token_steps - 1)
 
     @property
     def healed(self) -> bytes:
@@ -117,7 +141,14 @@ class Request:
             text = text[: len(text) - _num_chars(self.healed)]
             self._offsets = prompt_offsets(self.tokenizer, ids, text)
         entries = [score.cut(self.params.logprobs or 0) for score in scores]
-        return self.names.render(ids, [None, *entries], self._offsets)
+        return self.render(ids, [None, *entries], self._offsets)
+
+    def render(
+        self, token_ids: list[int], entries: Iterable[TokenLogprob | None], offsets: list[int]
+    ) -> Logprobs:
+        """Return the reported form of log-probabilities."""
+        as_ids = self.params.return_tokens_as_token_ids
+        return self.names.render(token_ids, entries, offsets, as_ids=as_ids)
 
     def ranked_prompt(self, scores: list[TokenLogprob]) -> list[dict[int, RankedLogprob] | None]:
         """Return the tokens in each place of the prompt, as `prompt_logprobs` asks for them."""
@@ -250,9 +281,8 @@ class Row:
         logprobs = None
         if request.params.logprobs is not None:
             base = len(request.prompt_text)
-            logprobs = request.names.render(
-                ids, self._entries[first:end], [base + start for start in starts[first:end]]
-            )
+            offsets = [base + start for start in starts[first:end]]
+            logprobs = request.render(ids, self._entries[first:end], offsets)
         if self._echo:
             self._echo = False
             text = request.prompt_text + text

@@ -153,11 +153,14 @@ class TokenNames:
         token_ids: Iterable[int],
         entries: Iterable[TokenLogprob | None],
         offsets: Iterable[int],
+        *,
+        as_ids: bool = False,
     ) -> Logprobs:
         """Return the reported form; an entry of None is a token that nothing predicted."""
+        name_of = "token_id:{}".format if as_ids else self.__getitem__
         result = Logprobs()
         for token_id, entry, offset in zip(token_ids, entries, offsets, strict=True):
-            name = self[token_id]
+            name = name_of(token_id)
             result.tokens.append(name)
             result.text_offset.append(offset)
             if entry is None:
@@ -166,7 +169,7 @@ class TokenNames:
                 continue
             top: dict[str, float] = {}
             for top_id, value in zip(entry.top_ids, entry.top_logprobs, strict=True):
-                top.setdefault(self[top_id], value)  # most likely first: the larger value stays
+                top.setdefault(name_of(top_id), value)  # most likely first: the larger value stays
             top.setdefault(name, entry.logprob)
             result.token_logprobs.append(entry.logprob)
             result.top_logprobs.append(top)
