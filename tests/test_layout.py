@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,11 @@ def test_every_op_has_its_benchmark() -> None:
     )
     assert isinstance(cases, ast.Dict)
     assert {ast.unparse(key) for key in cases.keys if key is not None} == OPS
+
+
+def test_every_package_is_in_the_wheel_and_checked() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    packages = sorted(path.parent.name for path in ROOT.glob("python/*/py.typed"))
+    assert packages == ["fullbeam", "gpt"]
+    assert settings["scikit-build"]["wheel"]["packages"] == [f"python/{name}" for name in packages]
+    assert settings["mypy"]["packages"] == packages
