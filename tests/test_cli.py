@@ -344,7 +344,63 @@ def test_serve_passes_its_options_on(
     assert served["settings"].api_keys == ("c", "d")
     assert served["settings"].name == "gemma-3-270m"
     assert run("serve").exit_code == 0
-    assert served["settings"].api_keys == ()
+    assert served["settings"] == app.Settings(name="gemma-3-270m")
+    assert model.loaded["max_rows"] == 32  # some editors search with 30 hypotheses
+
+
+def test_serve_passes_its_limits_on(
+    run: Run, model: FakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fullbeam.server import app
+
+    served: list[app.Settings] = []
+    monkeypatch.setattr(app, "serve", lambda load, settings, **options: served.append(settings))
+    words = ["--max-requests", "7", "--max-body-mib", "0.5", "--max-logprobs", "20"]
+    words += ["--max-stop", "9", "--timeout", "2.5", "--grace", "3"]
+    words += ["--cors-origin", "http://a", "--cors-origin", "http://b"]
+    keys = tmp_path / "keys"
+    keys.write_text("b\n# old\nc\n")
+    words += ["--api-key", "a", "--api-key-file", str(keys)]
+    assert run("serve", *words).exit_code == 0
+    assert served == [
+        app.Settings(
+            name="gemma-3-270m",
+            api_keys=("a", "b", "c"),
+            max_requests=7,
+            max_body_bytes=2**19,
+            max_logprobs=20,
+            max_stop=9,
+            timeout_s=2.5,
+            grace_s=3,
+            cors_origins=("http://a", "http://b"),
+        )
+    ]
+    keys.write_text("# none\n")
+    error = one_line(run("serve", "--api-key-file", str(keys)), 2)
+    assert error.startswith("Error: serve: api_key_file must hold a key in a line, got none in ")
+
+
+def test_serve_passes_its_options_for_editors_on(
+    run: Run, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fullbeam.server import app, fullline
+
+    served: list[app.Settings] = []
+    monkeypatch.setattr(app, "serve", lambda load, settings, **options: served.append(settings))
+    for words in ([], ["--no-infill"], ["--no-supersede"], ["--detailed"]):
+        assert run("serve", *words).exit_code == 0
+    assert [settings.fullline for settings in served] == [
+        fullline.Options(),
+        fullline.Options(infill=False),
+        fullline.Options(supersede=False),
+        fullline.Options(detailed_default=True),
+    ]
+
+
+def test_help_of_serve_says_what_it_leaves_to_others(run: Run) -> None:
+    text = " ".join(run("serve", "--help").output.split())
+    assert "leave TLS to a proxy" in text
+    assert "127.0.0.1" in text
 
 
 def test_serve_on_a_port_in_use(run: Run, model: FakeModel) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fullbeam import CompletionParams
+from fullbeam.models.catalog import CATALOG
 
 ROOT = Path(__file__).parents[1]
 PLACES = sorted(set(re.findall(r"`([\w/.]+\.\w+):(\w+)`", (ROOT / "docs/request.md").read_text())))
@@ -26,7 +27,8 @@ def test_request_document_covers_the_way() -> None:
 
 
 def test_readme_lists_every_parameter() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    section = (ROOT / "README.md").read_text().split("\n## Parameters\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     assert [field.name for field in fields(CompletionParams)] == rows
 
 
@@ -35,3 +37,9 @@ def test_readme_lists_every_op() -> None:
     assert ops is not None
     rows = re.findall(r"^\| `ops\.(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(ops.group(1).split())
+
+
+def test_readme_names_models_of_the_catalogue() -> None:
+    names = re.findall(r'model="([\w.-]+)"', (ROOT / "README.md").read_text())
+    assert names
+    assert set(names) <= set(CATALOG)

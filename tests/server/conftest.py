@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -97,6 +98,8 @@ class FakeModel:
 
     name = "fake"
     path = None
+    context = 100
+    tokenizer = SimpleNamespace(infill=None)
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, CompletionParams]] = []
@@ -104,6 +107,7 @@ class FakeModel:
         self.text: str | None = None
         self.fail_after: int | None = None  # pieces until a fault
         self.hold_after: int | None = None  # pieces until it waits for ever
+        self.is_prepared = False
         self.is_closed = False
         self._num_pieces = 0
 
@@ -129,6 +133,9 @@ class FakeModel:
         finally:
             stream.close()
         return Completion([as_choice(merged[index]) for index in sorted(merged)], stream.usage)
+
+    def prepare(self) -> None:
+        self.is_prepared = True
 
     def close(self) -> None:
         self.is_closed = True

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from fullbeam.params import CompletionParams
-from fullbeam.server import openai
+from fullbeam.server import openai_fields
 
 Client: TypeAlias = Any  # both are in conftest.py, which cannot be imported
 FakeModel: TypeAlias = Any
@@ -81,36 +81,10 @@ def test_prompt_longer_than_the_context(client: Client, stream: bool) -> None:
         assert number in error["message"]
 
 
-GIVEN: dict[str, Any] = {
-    "max_tokens": 3,
-    "temperature": 0.5,
-    "top_p": 0.25,
-    "top_k": 7,
-    "min_p": 0.125,
-    "seed": -5,
-    "n": 2,
-    "stop": ["a", "b"],
-    "stop_token_ids": [4, 5],
-    "ignore_eos": True,
-    "logprobs": 2,
-    "echo": True,
-}
-
-
-@pytest.mark.parametrize("name", GIVEN)
-def test_every_field_reaches_the_model(client: Client, model: FakeModel, name: str) -> None:
-    assert client.post(prompt="a", **{name: GIVEN[name]}).status_code == 200
-    assert model.calls[0][1] == CompletionParams(**{name: GIVEN[name]})
-    assert model.calls[0][1] != CompletionParams()
-
-
-def test_every_field_of_the_parameters_is_tested() -> None:
-    assert set(GIVEN) == openai.PARAM_NAMES
-    assert not openai.PARAM_NAMES & set(openai._NOT_HONOURED)
-
-
 def test_null_is_the_default(client: Client, model: FakeModel) -> None:
-    names = [*GIVEN, "stream", "stream_options", "best_of", "user", *openai._NOT_HONOURED]
+    names = {*openai_fields.PARAM_NAMES, *openai_fields.SEARCH_NAMES, *openai_fields.ALIASES}
+    names |= {*openai_fields.NOT_SUPPORTED, *openai_fields.WITHOUT_EFFECT, "stream", "request_id"}
+    names |= {"stream_options", "use_beam_search", "return_token_ids"}
     assert client.post(prompt="a", **dict.fromkeys(names)).status_code == 200
     assert model.calls[0][1] == CompletionParams()
 
@@ -144,9 +118,13 @@ def test_unknown_and_ignored_fields(client: Client, model: FakeModel) -> None:
         ("logprobs", -1, "logprobs must be in 0..100, got -1"),
         ("echo", "yes", "echo must be True or False, got str"),
         ("stream", "yes", "stream must be true or false, got 'yes'"),
-        ("model", 7, "model must be a string, got 7"),
-        ("best_of", -1, "best_of must be an integer, at least 0, got -1"),
-        ("best_of", 2.5, "best_of must be an integer, at least 0, got 2.5"),
+        ("model", 7, "model must be a string of at most 256 characters, got 7"),
+        ("model", "m" * 257, "model must be a string of at most 256 characters, got 'mmm"),
+        ("best_of", -1, "best_of must be in 0..20, got -1"),
+        ("best_of", 2.5, "best_of must be an integer, got float"),
+        ("bad_words", ["\ud800"], "bad_words must be valid Unicode"),
+        ("suffix", "\ud800", "suffix must be valid Unicode"),
+        ("request_id", "\ud800", "request_id must be valid Unicode"),
         ("stream_options", [], "stream_options must be an object, got []"),
         ("stream_options", {}, "stream_options must be left out unless stream is true, got {}"),
     ],
@@ -169,21 +147,15 @@ def test_caps_are_settings(make_client: Any) -> None:
     assert client.post(prompt="a", logprobs=20, stop=list("abcdef")).status_code == 200
 
 
-@pytest.mark.parametrize("name", openai._NOT_HONOURED)
-def test_fields_not_honoured_are_refused_by_name(client: Client, name: str) -> None:
-    error = client.error_of(400, prompt="a", **{name: {"x": 1}})
-    assert error["param"] == name
-    assert f"{name} must be left out: this server cannot honour it" in error["message"]
-    for neutral in openai._NOT_HONOURED[name]:
+@pytest.mark.parametrize("name", openai_fields.NOT_SUPPORTED)
+def test_constrained_decoding_is_refused_by_name(client: Client, name: str) -> None:
+    for value in ({"type": "json_object"}, {"x": 1}, "[a-z]+", ["a"]):
+        error = client.error_of(400, prompt="a", **{name: value})
+        assert error["param"] == name
+        expected = f"{name} must be left out: constrained decoding is not supported, got "
+        assert error["message"].startswith(expected)
+    for neutral in openai_fields.NOT_SUPPORTED[name]:
         assert client.post(prompt="a", **{name: neutral}).status_code == 200
-
-
-def test_best_of_is_accepted_where_it_means_n(client: Client) -> None:
-    for best_of in (0, 1, 3):
-        assert len(client.post(prompt="a", n=3, best_of=best_of).json()["choices"]) == 3
-    assert "at least n = 3" in client.error_of(400, prompt="a", n=3, best_of=2)["message"]
-    assert "at most n = 3" in client.error_of(400, prompt="a", n=3, best_of=4)["message"]
-    assert client.error_of(400, prompt="a", best_of=2)["param"] == "best_of"
 
 
 def test_choices_are_numbered_by_prompt_then_choice(client: Client) -> None:
@@ -260,6 +232,13 @@ def test_number_of_choices_is_bounded(make_client: Any) -> None:
         "n",
         "n must be at most 6 choices in all prompts, got 8",
     )
+
+
+def test_candidates_and_hypotheses_are_choices_too(make_client: Any) -> None:
+    client = make_client(max_choices=6)
+    assert client.error_of(400, prompt=["a", "b"], best_of=4)["param"] == "best_of"
+    wide = {"use_beam_search": True, "beam_width": 4}
+    assert client.error_of(400, prompt=["a", "b"], **wide)["param"] == "beam_width"
 
 
 def test_body_limit(make_client: Any) -> None:

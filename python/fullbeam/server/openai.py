@@ -1,121 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`POST /v1/completions`: wire fields to `CompletionParams`, results to JSON or events."""
+"""`POST /v1/completions`: the route, and results to JSON or events."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from fullbeam.params import CompletionParams, ContextLengthError
+from fullbeam.server.errors import ApiError, Json, Surface, internal_error
+from fullbeam.server.openai_fields import Call, from_value_error, read_call
 from fullbeam.server.stream import DONE, ClientGone, EventStream, event, until_disconnect
 
 if TYPE_CHECKING:
-    from fullbeam.engine.text import Logprobs, Piece
-    from fullbeam.model import AsyncCompletionStream
+    from fullbeam.engine.text import Logprobs, Piece, RankedLogprob
+    from fullbeam.model import AsyncCompletionStream, Model
     from fullbeam.results import Choice, Completion, Usage
-    from fullbeam.server.app import Service, Settings
-
-Json = dict[str, Any]
-Prompt = str | list[str] | list[int] | list[list[int]]
-
-_log = logging.getLogger(__name__)
-
-# Fields of `CompletionParams` that this surface has; of the others it knows those below.
-PARAM_NAMES = frozenset(
-    {"max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "stop_token_ids"}
-    | {"ignore_eos", "logprobs", "echo"}
-)
-
-# Known fields that are not honoured yet, with the values (besides null) that change nothing.
-_NOT_HONOURED: Mapping[str, tuple[object, ...]] = {
-    "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "add_special_tokens": (True,),
-    "use_beam_search": (False,),
-    "beam_width": (),
-    "length_penalty": (1,),
-    "diversity_groups": (1,),
-    "num_beam_groups": (1,),
-    "diversity_strength": (0,),
-    "diversity_penalty": (0,),
-    "token_healing": (False,),
-    "prompt_logprobs": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "grammar": ("",),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "truncate_prompt_tokens": (),
-}
+    from fullbeam.server.service import Service
 
 
-class ApiError(Exception):
-    """An answer other than 200, in the shape of this surface."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-
-    @property
-    def body(self) -> Json:
-        """The error object."""
-        kind = "invalid_request_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
-        elif self.status >= 500:
-            kind = "server_error"
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
-
-    def response(self) -> Response:
-        """The error as a response."""
-        return JSONResponse(self.body, self.status, self.headers)
+def error_body(error: ApiError) -> Json:
+    """Return an error in the shape of this surface."""
+    kind = "invalid_request_error"
+    if error.status == 429:
+        kind = "rate_limit_error"
+    elif error.status >= 500:
+        kind = "server_error"
+    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return {"error": body}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """A request's body, checked."""
+def _render(error: ApiError) -> Response:
+    return JSONResponse(error_body(error), error.status, error.headers)
 
-    model: str | None
-    prompt: Prompt
-    params: CompletionParams
-    stream: bool
-    include_usage: bool
+
+# Paths that are nobody else's are this surface's, too.
+SURFACE = Surface(roots=("/",), render=_render, has_bare_keys=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +56,10 @@ class Envelope:
     created: int
 
     @classmethod
-    def new(cls, model: str, fingerprint: str) -> Envelope:
-        """Return the envelope of a new answer."""
-        return cls(model, fingerprint, f"cmpl-{uuid.uuid4().hex}", int(time.time()))
+    def new(cls, model: str, fingerprint: str, request_id: str | None = None) -> Envelope:
+        """Return the envelope of a new answer; None: an id of ours."""
+        request_id = uuid.uuid4().hex if request_id is None else request_id
+        return cls(model, fingerprint, f"cmpl-{request_id}", int(time.time()))
 
     def wrap(self, choices: list[Json]) -> Json:
         """Return the completion object around some choices."""
@@ -147,26 +76,33 @@ class Envelope:
 async def completions(request: Request) -> Response:
     """Answer `POST /v1/completions` and its aliases."""
     service: Service = request.app.state.service
-    call = read_call(await read_json(request, service.settings.max_body_bytes), service.settings)
+    call = read_call(await read_json(request), service.settings)
     model = service.model_for(request.path_params.get("model", call.model))
-    envelope = Envelope.new(service.settings.name, service.fingerprint)
+    return await answer(request, call, model)
+
+
+async def answer(request: Request, call: Call, model: Model) -> Response:
+    """Answer a request whose body has been checked."""
+    service: Service = request.app.state.service
+    envelope = Envelope.new(service.settings.name, service.fingerprint, call.request_id)
+    n = call.params.n if call.return_token_ids else None
     async with AsyncExitStack() as resources:
-        resources.enter_context(service.slot())
+        resources.enter_context(service.slot(call.num_choices))
         try:
             if not call.stream:
                 work = model.acomplete(call.prompt, params=call.params)
                 result = await until_disconnect(request.receive, work)
-                return JSONResponse(completion_body(result, envelope))
+                return JSONResponse(completion_body(result, envelope, n=n))
             pieces = model.astream(call.prompt, params=call.params)
             resources.callback(pieces.close)
             first = await until_disconnect(request.receive, _next(pieces))
         except ClientGone:
             raise
         except ValueError as error:
-            raise _from_value_error(error) from error
+            raise from_value_error(error) from error
         except Exception as error:
             raise internal_error(error) from error
-        events = completion_events(first, pieces, envelope, call.include_usage)
+        events = completion_events(first, pieces, envelope, call.include_usage, n=n)
         return EventStream(events, resources.pop_all())
     raise AssertionError("unreachable: nothing above swallows an exception")
 
@@ -175,15 +111,10 @@ async def _next(pieces: AsyncCompletionStream) -> Piece | None:
     return await anext(pieces, None)
 
 
-async def read_json(request: Request, max_bytes: int) -> Json:
+async def read_json(request: Request) -> Json:
     """Return the body of a request, a JSON object."""
-    data = bytearray()
     try:
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > max_bytes:
-                message = f"the body must be at most {max_bytes} bytes"
-                raise ApiError(413, message, code="request_too_large")
+        data = await request.body()
     except ClientDisconnect as error:
         raise ClientGone from error
     try:
@@ -199,135 +130,9 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def read_call(body: Json, settings: Settings) -> Call:
-    """Check a body and sort out its fields.
-
-    Raises
-    ------
-    ApiError
-        400, with the field's name.
-    """
-    given = {name: value for name, value in body.items() if value is not None}
-    for name, neutral in _NOT_HONOURED.items():
-        if name in given and given[name] not in neutral:
-            raise _bad(name, "left out: this server cannot honour it", given[name])
-    stream = _flag(given, "stream")
-    options = given.get("stream_options", {})
-    if not isinstance(options, dict):
-        raise _bad("stream_options", "an object", options)
-    if "stream_options" in given and not stream:
-        raise _bad("stream_options", "left out unless stream is true", options)
-    model = given.get("model")
-    if model is not None and not isinstance(model, str):
-        raise _bad("model", "a string", model)
-    chosen = {name: value for name, value in given.items() if name in PARAM_NAMES}
-    if isinstance(logprobs := chosen.get("logprobs"), bool):
-        chosen["logprobs"] = 1 if logprobs else None
-    try:
-        params = CompletionParams(**chosen)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise _from_value_error(error) from error
-    prompt = _prompt(given.get("prompt", ""))
-    _check_caps(params, prompt, settings)
-    _check_best_of(given.get("best_of", 0), params.n)
-    return Call(
-        model=model,
-        prompt=prompt,
-        params=params,
-        stream=stream,
-        include_usage=_flag(options, "include_usage"),
-    )
-
-
-def _check_caps(params: CompletionParams, prompt: Prompt, settings: Settings) -> None:
-    """Refuse what the engine could do, but this surface does not offer."""
-    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
-    num_choices = params.n * (1 if is_one else len(prompt))
-    if num_choices > settings.max_choices:
-        raise _bad("n", f"at most {settings.max_choices} choices in all prompts", num_choices)
-    if params.logprobs is not None and params.logprobs > settings.max_logprobs:
-        raise _bad("logprobs", f"at most {settings.max_logprobs}", params.logprobs)
-    if len(params.stop_strings) > settings.max_stop:
-        raise _bad("stop", f"at most {settings.max_stop} strings", len(params.stop_strings))
-    for text in params.stop_strings:
-        _check_text("stop", text)
-
-
-def _check_best_of(best_of: object, n: int) -> None:
-    """Accept what means "as many as n": 0, n, and 1 because one SDK always sends it."""
-    if isinstance(best_of, bool) or not isinstance(best_of, int) or best_of < 0:
-        raise _bad("best_of", "an integer, at least 0", best_of)
-    if 2 <= best_of < n:
-        raise _bad("best_of", f"at least n = {n}", best_of)
-    if best_of > n:
-        raise _bad("best_of", f"at most n = {n}: this server cannot rank more", best_of)
-
-
-def _prompt(value: object) -> Prompt:
-    """Check the form of a prompt; whether its ids exist is for the model to say."""
-    form = "a string, strings, token ids, or lists of token ids"
-    if isinstance(value, str):
-        _check_text("prompt", value)
-        return value
-    if not isinstance(value, list):
-        raise _bad("prompt", form, value)
-    if not value:
-        raise _bad("prompt", "not empty", value)
-    if all(isinstance(item, str) for item in value):
-        for item in value:
-            _check_text("prompt", item)
-    elif isinstance(value[0], list):
-        if not all(isinstance(item, list) and _are_ids(item) for item in value):
-            raise _bad("prompt", form, value)
-        if not all(value):
-            raise _bad("prompt", "without empty lists", value)
-    elif not _are_ids(value):
-        raise _bad("prompt", form, value)
-    return value
-
-
-def _are_ids(items: list[object]) -> bool:
-    return all(type(item) is int for item in items)
-
-
-def _check_text(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _bad(name, "valid Unicode without lone surrogates", text) from error
-
-
-def _flag(source: Mapping[str, object], name: str) -> bool:
-    value = source.get(name)
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    raise _bad(name, "true or false", value)
-
-
-def _bad(param: str, requirement: str, value: object) -> ApiError:
-    got = repr(value)
-    got = got if len(got) <= 100 else got[:97] + "..."
-    return ApiError(400, f"{param} must be {requirement}, got {got}", param=param)
-
-
-def _from_value_error(error: Exception) -> ApiError:
-    """Name the field that an error of the engine is about."""
-    message = str(error).removeprefix("CompletionParams: ")
-    if isinstance(error, ContextLengthError):
-        return ApiError(400, message, param=error.field, code="context_length_exceeded")
-    named = re.match(r"(?:\w+: )?(\w+)(?:\[\d+\])* must ", message)
-    return ApiError(400, message, param=getattr(error, "field", named and named[1]))
-
-
-def internal_error(error: Exception) -> ApiError:
-    """Log a fault of ours; return it as the client sees it, without its inner workings."""
-    _log.error("a request failed", exc_info=error)
-    return ApiError(500, f"the server failed to answer ({type(error).__name__})")
-
-
-def completion_body(result: Completion, envelope: Envelope) -> Json:
-    """Return the answer that is not streamed."""
-    choices = [_choice(choice) for choice in result.choices]
+def completion_body(result: Completion, envelope: Envelope, *, n: int | None = None) -> Json:
+    """Return the answer that is not streamed; `n`, the choices of a prompt, to show token ids."""
+    choices = [_choice(choice, result.prompt_token_ids, n) for choice in result.choices]
     return envelope.wrap(choices) | {"usage": _usage(result.usage)}
 
 
@@ -336,29 +141,54 @@ async def completion_events(
     rest: AsyncCompletionStream,
     envelope: Envelope,
     include_usage: bool,
+    *,
+    n: int | None = None,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a streamed answer."""
+    """Yield the events of a streamed answer; `n` as for `completion_body`."""
     no_usage: Json = {"usage": None} if include_usage else {}
+    prompts = [] if n is None else rest.prompt_token_ids
+    begun: set[int] = set()
     piece = first
     try:
         while piece is not None:
-            yield event(envelope.wrap([_choice(piece)]) | no_usage)
+            choice = _choice(piece, None if piece.index in begun else prompts, n)
+            begun.add(piece.index)
+            yield event(envelope.wrap([choice]) | no_usage)
             piece = await _next(rest)
     except Exception as error:  # the status line is gone: tell the client within the stream
-        yield event(internal_error(error).body)
+        yield event(error_body(internal_error(error)))
         return
     if include_usage:
         yield event(envelope.wrap([]) | {"usage": _usage(rest.usage)})
     yield DONE
 
 
-def _choice(part: Choice | Piece) -> Json:
-    return {
+def _choice(part: Choice | Piece, prompts: list[list[int]] | None, n: int | None) -> Json:
+    body = {
         "text": part.text,
         "index": part.index,
         "logprobs": None if part.logprobs is None else _logprobs(part.logprobs),
         "finish_reason": part.finish_reason,
         "stop_reason": part.stop_reason,
+    }
+    if part.prompt_logprobs is not None:
+        body["prompt_logprobs"] = [_ranked(entry) for entry in part.prompt_logprobs]
+    if n is not None:
+        body["token_ids"] = part.token_ids
+        body["prompt_token_ids"] = None if prompts is None else prompts[part.index // n]
+    return body
+
+
+def _ranked(entry: dict[int, RankedLogprob] | None) -> Json | None:
+    if entry is None:
+        return None
+    return {
+        str(token_id): {
+            "logprob": _finite(value.logprob),
+            "rank": value.rank,
+            "decoded_token": value.decoded_token,
+        }
+        for token_id, value in entry.items()
     }
 
 
