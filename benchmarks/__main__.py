@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import harness, infill, peers, quality, search
+from benchmarks import harness, infill, peers, quality, search, server, soak
 from fullbeam import _core
 
 
@@ -73,10 +73,19 @@ def main() -> int:
     suite.add_argument("--out", type=Path, help="write the rows as JSON lines")
     suite.set_defaults(run=run_ops)
     suites.add_parser("peers", help="fullbeam beside other runtimes on the same model")
+    suites.add_parser("server", help="`fullbeam serve` beside llama.cpp's server")
     suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
     suites.add_parser("search", help="what beam search costs beside drawing as many rows")
     suites.add_parser("infill", help="lines restored with and without the text after them")
-    modules = {"peers": peers, "quality": quality, "search": search, "infill": infill}
+    suites.add_parser("soak", help="clients that come and go: does anything stay behind?")
+    modules = {
+        "peers": peers,
+        "server": server,
+        "quality": quality,
+        "search": search,
+        "infill": infill,
+        "soak": soak,
+    }
     for name, module in modules.items():
         if sys.argv[1:2] == [name]:
             return int(module.main(sys.argv[2:]))

@@ -200,7 +200,7 @@ def complete(
 @click.option(
     "--max-body-mib",
     type=click.FloatRange(0, min_open=True),
-    default=16,
+    default=4,
     show_default=True,
     help="Largest body of a request.",
 )
