@@ -204,7 +204,13 @@ def complete(
     show_default=True,
     help="Largest body of a request.",
 )
-@click.option("--max-logprobs", type=click.IntRange(0), default=5, show_default=True)
+@click.option(
+    "--max-logprobs",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Most likeliest tokens that a request may ask for in each place.",
+)
 @click.option(
     "--max-stop", type=click.IntRange(0), default=4, show_default=True, help="Most stop strings."
 )
