@@ -247,8 +247,8 @@ std::int64_t bytes_of_panel(WeightType type, std::int64_t cols) {
 // serve them, too; a region goes with the last of its matrices.
 struct Region {
   explicit Region(std::size_t bytes) : mapped(bytes + kHugePage) {
-    void* memory =
-        mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     start = static_cast<std::uint8_t*>(memory);
     const auto address = reinterpret_cast<std::uintptr_t>(memory);
@@ -268,7 +268,7 @@ struct Region {
 std::shared_ptr<std::uint8_t> weight_memory(std::size_t bytes) {
   static std::mutex mutex;
   static std::weak_ptr<Region> last;
-  constexpr std::size_t kShared = std::size_t{32} << 20;
+  constexpr std::size_t kShared = std::size_t{256} << 20;
   bytes = (bytes + 63) / 64 * 64;
   const std::lock_guard<std::mutex> lock(mutex);
   std::shared_ptr<Region> region = last.lock();
