@@ -14,6 +14,10 @@ constexpr int kParts =
 
 // What the zero points of the types take off a tile's sum, per token: minus zero point times the
 // sum of the activations, for zero points 8, 16 and 128, and 32 for each half of the columns.
+static_assert(layout_of(WeightType::q4_0).zero_point == 8 &&
+              layout_of(WeightType::q5_0).zero_point == 16 &&
+              layout_of(WeightType::q8_0).zero_point == 128 &&
+              layout_of(WeightType::q6_k).zero_point == 32);
 constexpr int kNumOffsets = 5;
 constexpr int offset_place(int bits) { return bits == 4 ? 0 : bits == 5 ? 1 : bits == 8 ? 2 : 3; }
 inline void write_offsets(std::int32_t* p, std::int32_t first_sum, std::int32_t second_sum) {
@@ -98,7 +102,7 @@ inline void dot_step(I32& sum, __m512i values, const std::int8_t* x) {
 }
 
 // sums[half][token] = sum over the half's steps of (value - zero point) * x; the two halves are
-// added where the type has one scale for both. `offsets` is null where the zero point is 0.
+// added where the type has one scale for both. kOffset: whether the type has a zero point.
 template <int kBits, bool kHalves, bool kOffset, int kTokens>
 FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
                               const std::int32_t* offsets, I32 (*sums)[kTokens][kParts]) {

@@ -182,6 +182,7 @@ class Search(Sequence):
 
     def advance(self, expansion: Expansion) -> None:
         """Take what was chosen in a step."""
+        request = self.request
         self.num_levels += 1
         self._num_generated += len(expansion)
         for group, live, finished in zip(
@@ -189,7 +190,6 @@ class Search(Sequence):
         ):
             group.live = live
             group.finished += finished
-            request = self.request
         has_word = request.params.mode == "ONE_TOKEN" and any(g.finished for g in self.groups)
         self._is_done = (
             has_word or not self.live or self.num_levels == request.max_tokens or self._is_decided()

@@ -88,9 +88,9 @@ _INFILL_TEXTS = {
 _SUFFIX_FIRST = ("mellum", "seed-coder")
 # Qwen2.5-Coder was trained to infill with the suffix last, but what its instruction tuning left of
 # that is worse than no suffix: of 149 removed lines of the standard library the 0.5B model restores
-# 22 so, 37 without the suffix, and 49 with the prefix last (python -m benchmarks infill), the other
-# order of Bavarian et al. 2022, arXiv 2207.14255. There, typing leaves the start of the prompt as
-# it is, too.
+# 22 so, 37 without the suffix, and 49 with the prefix last (`python -m benchmarks infill` gives the
+# last two), the other order of Bavarian et al. 2022, arXiv 2207.14255. There, typing leaves the
+# start of the prompt as it is, too.
 _NO_TOKEN = 0xFFFFFFFF  # what some writers put for "none"
 
 
