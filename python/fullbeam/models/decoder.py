@@ -157,6 +157,15 @@ class _Buffers:
             self.slot_positions[:num_decode, : 32 * batch.num_words] = batch.slot_positions
 
 
+class _Rows:
+    """Fixed memory of the rows whose logits are wanted."""
+
+    def __init__(self, config: DecoderConfig, num_rows: int) -> None:
+        self.hidden = np.zeros((num_rows, config.hidden_size), np.float32)
+        self.attended = np.zeros((num_rows, config.num_q_heads * config.head_dim), np.float32)
+        self.logits = np.zeros((num_rows, config.vocab_size), np.float32)
+
+
 @dataclass(frozen=True)
 class _Shape:
     """What a recorded step depends on."""
@@ -183,8 +192,7 @@ class Decoder:
         self._programs: OrderedDict[_Shape | int, _core.Program] = OrderedDict()
         self._buffers: _Buffers | None = None
         self._kv: KvCache | None = None
-        self._head_in = np.zeros((0, config.hidden_size), np.float32)
-        self._logits = np.zeros((0, config.vocab_size), np.float32)
+        self._rows = _Rows(config, 0)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
@@ -209,11 +217,12 @@ class Decoder:
         b.fill(batch)
         self._run(shape, lambda: self._layers(b, kv, shape))
         num_rows = len(batch.logit_rows)
-        self._fit_head(num_rows)
-        np.take(b.hidden, batch.logit_rows, axis=0, out=self._head_in[:num_rows])
+        rows = self._fit_rows(num_rows)
         if num_rows:
-            self._run(num_rows, lambda: self._head(num_rows))
-        return self._logits[:num_rows]
+            np.take(b.hidden, batch.logit_rows, axis=0, out=rows.hidden[:num_rows])
+            np.take(b.attended, batch.logit_rows, axis=0, out=rows.attended[:num_rows])
+            self._run(num_rows, lambda: self._head(b, rows, num_rows))
+        return rows.logits[:num_rows]
 
     def _run(self, shape: _Shape | int, record: Callable[[], None]) -> None:
         program = self._programs.get(shape)
@@ -231,7 +240,7 @@ class Decoder:
         program.run()
 
     def _layers(self, b: _Buffers, kv: KvCache, shape: _Shape) -> None:
-        """The forward pass up to the last layer's output."""
+        """The forward pass up to the last layer's attention: what its keys and values serve."""
         config, n = self.config, shape.num_tokens
         num_seqs, num_decode, num_rows = shape.num_seqs, shape.num_decode, shape.num_decode_rows
         num_q, num_kv, dim = config.num_q_heads, config.num_kv_heads, config.head_dim
@@ -296,13 +305,26 @@ class Decoder:
                     window=config.windows[idx],
                     softcap=config.attention_softcap,
                 )
-            self._add(
-                b.attended[:n], layer.attention_out, layer.post_attention_norm, hidden, normed
-            )
-            ops.rms_norm(hidden, layer.ffn_norm, eps=eps, weight_offset=offset, out=normed)
-            ops.linear(normed, layer.gate_up, out=b.gate_up[:n])
-            ops.gated_activation(b.gate_up[:n], activation=config.activation, out=b.activated[:n])
-            self._add(b.activated[:n], layer.down, layer.post_ffn_norm, hidden, normed)
+            if idx + 1 < config.num_layers:
+                self._feed_forward(layer, b.attended[:n], hidden, b)
+
+    def _feed_forward(
+        self, layer: LayerWeights, attended: FloatArray, hidden: FloatArray, b: _Buffers
+    ) -> None:
+        """What follows a layer's attention, row by row."""
+        config, n = self.config, len(hidden)
+        normed, gate_up, activated = b.normed[:n], b.gate_up[:n], b.activated[:n]
+        self._add(attended, layer.attention_out, layer.post_attention_norm, hidden, normed)
+        ops.rms_norm(
+            hidden,
+            layer.ffn_norm,
+            eps=config.norm_eps,
+            weight_offset=config.norm_offset,
+            out=normed,
+        )
+        ops.linear(normed, layer.gate_up, out=gate_up)
+        ops.gated_activation(gate_up, activation=config.activation, out=activated)
+        self._add(activated, layer.down, layer.post_ffn_norm, hidden, normed)
 
     def _add(
         self,
@@ -326,9 +348,10 @@ class Decoder:
             out=hidden,
         )
 
-    def _head(self, num_rows: int) -> None:
-        x = self._head_in[:num_rows]
-        config = self.config
+    def _head(self, b: _Buffers, rows: _Rows, num_rows: int) -> None:
+        """The rest of the last layer and the logits, of the rows that want them."""
+        config, x = self.config, rows.hidden[:num_rows]
+        self._feed_forward(self.weights.layers[-1], rows.attended[:num_rows], x, b)
         ops.rms_norm(
             x,
             self.weights.output_norm,
@@ -336,7 +359,7 @@ class Decoder:
             weight_offset=config.norm_offset,
             out=x,
         )
-        ops.linear(x, self.weights.head, out=self._logits[:num_rows])
+        ops.linear(x, self.weights.head, out=rows.logits[:num_rows])
 
     def _fit_buffers(self, batch: Batch, kv: KvCache) -> _Buffers:
         b = self._buffers
@@ -353,8 +376,8 @@ class Decoder:
             self._programs.clear()
         return b
 
-    def _fit_head(self, num_rows: int) -> None:
-        if num_rows > len(self._logits):
-            self._head_in = np.zeros((num_rows, self.config.hidden_size), np.float32)
-            self._logits = np.zeros((num_rows, self.config.vocab_size), np.float32)
+    def _fit_rows(self, num_rows: int) -> _Rows:
+        if num_rows > len(self._rows.logits):
+            self._rows = _Rows(self.config, num_rows)
             self._programs.clear()
+        return self._rows
