@@ -62,6 +62,19 @@ def rms_norm(num_tokens: int) -> Case:
     return Case(lambda: ops.rms_norm(x, weight), baseline, 2 * x.nbytes, 4 * x.size)
 
 
+def layer_norm(num_tokens: int) -> Case:
+    x, weight, bias = normal(num_tokens, HIDDEN), normal(HIDDEN), normal(HIDDEN)
+    tx, tw, tb = tensor(x), tensor(weight), tensor(bias)
+
+    def baseline() -> Any:
+        if torch:
+            return torch.nn.functional.layer_norm(tx, (HIDDEN,), tw, tb, 1e-5)
+        centred = x - x.mean(axis=1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-5) * weight + bias
+
+    return Case(lambda: ops.layer_norm(x, weight, bias), baseline, 2 * x.nbytes, 7 * x.size)
+
+
 def linear(num_tokens: int, kind: str) -> Case:
     shape = (FEED_FORWARD, 1024)
     data = reference.quantize(normal(*shape), kind)
@@ -207,6 +220,26 @@ def gated_activation(num_tokens: int) -> Case:
 
     run = lambda: ops.gated_activation(x, activation="gelu_tanh")  # noqa: E731
     return Case(run, baseline, x.nbytes * 3 // 2, 10 * x.size)
+
+
+def activation(num_tokens: int) -> Case:
+    x = normal(num_tokens, FEED_FORWARD)
+    tx = tensor(x)
+
+    def baseline() -> Any:
+        if torch:
+            return torch.nn.functional.gelu(tx, approximate="tanh")
+        return 0.5 * x * (1 + np.tanh(0.7978846 * (x + 0.044715 * x**3)))
+
+    run = lambda: ops.activation(x, activation="gelu_tanh")  # noqa: E731
+    return Case(run, baseline, 2 * x.nbytes, 10 * x.size)
+
+
+def softcap(num_rows: int) -> Case:
+    x = 30 * normal(num_rows, VOCAB)
+    tx = tensor(x)
+    baseline = lambda: 30 * (torch or np).tanh((x if torch is None else tx) / 30)  # noqa: E731
+    return Case(lambda: ops.softcap(x, 30.0), baseline, 2 * x.nbytes, 10 * x.size)
 
 
 def logprobs(num_rows: int, num_top: int) -> Case:
@@ -356,6 +389,7 @@ def beam_step(vocab_size: int, num_groups: int, beam_size: int) -> Case:
 CASES: dict[Callable[..., Case], list[dict[str, Any]]] = {
     embedding: [{"num_tokens": 1}, {"num_tokens": 512}],
     rms_norm: [{"num_tokens": 1}, {"num_tokens": 512}],
+    layer_norm: [{"num_tokens": 1}, {"num_tokens": 512}],
     linear: [
         *(
             {"num_tokens": n, "kind": kind}
@@ -373,6 +407,8 @@ CASES: dict[Callable[..., Case], list[dict[str, Any]]] = {
         {"num_seqs": 1, "seq_len": 1000, "num_beams": 8},
     ],
     gated_activation: [{"num_tokens": 1}, {"num_tokens": 512}],
+    activation: [{"num_tokens": 1}, {"num_tokens": 512}],
+    softcap: [{"num_rows": 1}, {"num_rows": 8}],
     logprobs: [{"num_rows": 1, "num_top": 0}, {"num_rows": 8, "num_top": 5}],
     sample: [
         {"num_rows": rows, "temperature": t, "top_k": k, "top_p": p}

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Embedding look-up: out[i] = scale * table[token_ids[i]], from the packed layout of core/weight.h.
-// Mapping: a token is a row; its 32 values per tile are gathered from the tile's steps. Cost: cols
-// bytes and scales of scattered loads per token, never more than a few microseconds. Numerics:
-// exact products in float32, d * scale first; the same values as the matrix product of a tied head
-// sees.
+// Embedding look-up: out[i] = scale * table[token_ids[i]] [+ residual[i]], from the packed layout
+// of core/weight.h. Mapping: a token is a row; its 32 values per tile are gathered from the tile's
+// steps. Cost: cols bytes and scales of scattered loads per token, never more than a few
+// microseconds. Numerics: exact products in float32, d * scale first; the same values as the matrix
+// product of a tied head sees.
 #include "ops/embedding.h"
 
 #include "core/parallel.h"
@@ -70,11 +70,10 @@ void float_row(const WeightSegment& segment, std::int64_t row, std::int64_t cols
     out[i] = to_float(panel[i * kPanelRows + row % kPanelRows]) * scale;
 }
 
-void look_up(const EmbeddingParams& p, std::int64_t token) {
-  float* out = p.out + token * p.out_stride;
+void look_up(const EmbeddingParams& p, std::int64_t token_id, float* out) {
   for (std::int64_t s = 0; s < p.num_segments; ++s) {
     const WeightSegment& segment = p.segments[s];
-    const std::int64_t row = p.token_ids[token] - segment.row_begin;
+    const std::int64_t row = token_id - segment.row_begin;
     if (row < 0 || row >= segment.num_rows) continue;
     switch (segment.type) {
       case WeightType::f32:
@@ -94,7 +93,19 @@ void look_up(const EmbeddingParams& p, std::int64_t token) {
 
 void embedding(const EmbeddingParams& p) {
   parallel_for(p.num_tokens, 4, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t token = begin; token < end; ++token) look_up(p, token);
+    float* spare = p.residual == nullptr
+                       ? nullptr
+                       : static_cast<float*>(scratch(p.cols * std::int64_t{sizeof(float)}));
+    for (std::int64_t token = begin; token < end; ++token) {
+      float* out = p.out + token * p.out_stride;
+      if (p.residual == nullptr) {
+        look_up(p, p.token_ids[token], out);
+        continue;
+      }
+      const float* residual = p.residual + token * p.residual_stride;
+      look_up(p, p.token_ids[token], spare);
+      for (std::int64_t i = 0; i < p.cols; ++i) out[i] = spare[i] + residual[i];
+    }
   });
 }
 

@@ -7,12 +7,18 @@
 
 namespace fullbeam::ops {
 
-void embedding(const Tensor& token_ids, const PackedWeight& table, const Tensor& out, float scale) {
+void embedding(const Tensor& token_ids, const PackedWeight& table, const MaybeTensor& residual,
+               const Tensor& out, float scale) {
   Check check("embedding");
   check.tensor("token_ids", token_ids, {"num_tokens"}, {DType::i32});
   check.tensor("out", out, {"num_tokens", table.cols()}, {DType::f32}, false);
   check.writable("out", out);
   EmbeddingParams p{};
+  if (residual) {
+    check.tensor("residual", *residual, {"num_tokens", table.cols()}, {DType::f32}, false);
+    p.residual = static_cast<const float*>(residual->data);
+    p.residual_stride = residual->strides[0];
+  }
   p.token_ids = static_cast<const std::int32_t*>(token_ids.data);
   p.segments = table.segments().data();
   p.out = static_cast<float*>(out.data);

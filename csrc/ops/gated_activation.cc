@@ -3,6 +3,7 @@
 
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "ops/activation_name.h"
 #include "ops/ops.h"
 
 namespace fullbeam::ops {
@@ -13,15 +14,7 @@ void gated_activation(const TensorView& x, const TensorView& out, const std::str
   check.writable("out", out);
   check.tensor("x", x, {"num_tokens", 2 * check.size("size")}, {DType::f32}, false);
   GatedActivationParams p{};
-  if (activation == "silu") {
-    p.activation = Activation::silu;
-  } else if (activation == "gelu") {
-    p.activation = Activation::gelu;
-  } else if (activation == "gelu_tanh") {
-    p.activation = Activation::gelu_tanh;
-  } else {
-    check.fail("activation", "silu, gelu or gelu_tanh", activation);
-  }
+  p.activation = activation_of(check, activation);
   p.x = static_cast<const float*>(x.data);
   p.out = static_cast<float*>(out.data);
   p.num_tokens = check.size("num_tokens");

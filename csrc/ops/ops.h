@@ -24,9 +24,12 @@ inline Tensor as_heads(const Tensor& view) {
   return heads;
 }
 
-void embedding(const Tensor& token_ids, const PackedWeight& table, const Tensor& out, float scale);
+void embedding(const Tensor& token_ids, const PackedWeight& table, const MaybeTensor& residual,
+               const Tensor& out, float scale);
 void rms_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& residual, const Tensor& out,
               float eps, float weight_offset);
+void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& out,
+                float eps);
 void linear(const Tensor& x, const PackedWeight& weight, const MaybeTensor& bias,
             const MaybeTensor& residual, const Tensor& out);
 void rope(const Tensor& x, const Tensor& positions, const Tensor& inv_freq, bool interleaved,
@@ -43,6 +46,8 @@ void attention_decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pa
                       const MaybeTensor& slot_positions, const MaybeTensor& positions,
                       const Tensor& out, float scale, std::int64_t window, float softcap);
 void gated_activation(const Tensor& x, const Tensor& out, const std::string& activation);
+void activation(const Tensor& x, const Tensor& out, const std::string& activation);
+void softcap(const Tensor& x, const Tensor& out, float cap);
 void logprobs(const Tensor& logits, const Tensor& token_ids, const Tensor& out_logprobs,
               const Tensor& out_ranks, const Tensor& out_top_ids, const Tensor& out_top_logprobs);
 void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,

@@ -86,9 +86,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("pack_weight", &pack_weight, py::arg("parts"), py::arg("on_stretch").none(true));
 
   m.def("embedding", &ops::embedding, Release(), py::arg("token_ids"), py::arg("table"),
-        py::arg("out"), py::arg("scale"));
+        py::arg("residual").none(true), py::arg("out"), py::arg("scale"));
   m.def("rms_norm", &ops::rms_norm, Release(), py::arg("x"), py::arg("weight"),
         py::arg("residual").none(true), py::arg("out"), py::arg("eps"), py::arg("weight_offset"));
+  m.def("layer_norm", &ops::layer_norm, Release(), py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("out"), py::arg("eps"));
   m.def("linear", &ops::linear, Release(), py::arg("x"), py::arg("weight"),
         py::arg("bias").none(true), py::arg("residual").none(true), py::arg("out"));
   m.def("rope", &ops::rope, Release(), py::arg("x"), py::arg("positions"), py::arg("inv_freq"),
@@ -106,6 +108,9 @@ PYBIND11_MODULE(_core, m) {
         py::arg("scale"), py::arg("window"), py::arg("softcap"));
   m.def("gated_activation", &ops::gated_activation, Release(), py::arg("x"), py::arg("out"),
         py::arg("activation"));
+  m.def("activation", &ops::activation, Release(), py::arg("x"), py::arg("out"),
+        py::arg("activation"));
+  m.def("softcap", &ops::softcap, Release(), py::arg("x"), py::arg("out"), py::arg("cap"));
   m.def("logprobs", &ops::logprobs, Release(), py::arg("logits"), py::arg("token_ids"),
         py::arg("out_logprobs"), py::arg("out_ranks"), py::arg("out_top_ids"),
         py::arg("out_top_logprobs"));

@@ -8,6 +8,7 @@ import typing
 __all__: list[str] = [
     "PackedWeight",
     "Program",
+    "activation",
     "attention_decode",
     "attention_prefill",
     "available_isas",
@@ -17,6 +18,7 @@ __all__: list[str] = [
     "embedding",
     "gated_activation",
     "kv_write",
+    "layer_norm",
     "linear",
     "logprobs",
     "num_physical_cores",
@@ -27,6 +29,7 @@ __all__: list[str] = [
     "sample",
     "set_isa",
     "set_num_threads",
+    "softcap",
     "start_recording",
     "stop_recording",
 ]
@@ -43,6 +46,7 @@ class Program:
     def __len__(self) -> int: ...
     def run(self) -> None: ...
 
+def activation(x: typing.Any, out: typing.Any, activation: str) -> None: ...
 def attention_decode(
     q: typing.Any,
     k_pages: typing.Any,
@@ -102,12 +106,20 @@ def cpu_isa() -> str: ...
 def embedding(
     token_ids: typing.Any,
     table: PackedWeight,
+    residual: typing.Any | None,
     out: typing.Any,
     scale: typing.SupportsFloat | typing.SupportsIndex,
 ) -> None: ...
 def gated_activation(x: typing.Any, out: typing.Any, activation: str) -> None: ...
 def kv_write(
     k: typing.Any, v: typing.Any, k_pages: typing.Any, v_pages: typing.Any, slots: typing.Any
+) -> None: ...
+def layer_norm(
+    x: typing.Any,
+    weight: typing.Any,
+    bias: typing.Any,
+    out: typing.Any,
+    eps: typing.SupportsFloat | typing.SupportsIndex,
 ) -> None: ...
 def linear(
     x: typing.Any,
@@ -182,5 +194,8 @@ def sample(
 ) -> None: ...
 def set_isa(name: str) -> None: ...
 def set_num_threads(count: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+def softcap(
+    x: typing.Any, out: typing.Any, cap: typing.SupportsFloat | typing.SupportsIndex
+) -> None: ...
 def start_recording() -> None: ...
 def stop_recording() -> Program: ...

@@ -22,18 +22,21 @@ __all__ = [
     "BeamStep",
     "PackedWeight",
     "Sample",
+    "activation",
     "attention_decode",
     "attention_prefill",
     "beam_step",
     "embedding",
     "gated_activation",
     "kv_write",
+    "layer_norm",
     "linear",
     "logprobs",
     "pack_weight",
     "rms_norm",
     "rope",
     "sample",
+    "softcap",
 ]
 
 
@@ -78,15 +81,22 @@ def pack_weight(
 
 
 def embedding(
-    token_ids: Array, table: PackedWeight, *, scale: float = 1.0, out: Array | None = None
+    token_ids: Array,
+    table: PackedWeight,
+    *,
+    scale: float = 1.0,
+    residual: Array | None = None,
+    out: Array | None = None,
 ) -> Array:
-    """``scale * table[token_ids]``, dequantised.
+    """``scale * table[token_ids] [+ residual]``, dequantised.
 
     Parameters
     ----------
     token_ids : int32 [num_tokens]
-        An id outside the table gives zeros.
+        An id outside the table counts as zeros.
     table : PackedWeight [vocab_size, hidden_size]
+    residual : float32 [num_tokens, hidden_size]
+        ``out`` may be ``residual``.
 
     Returns
     -------
@@ -94,7 +104,7 @@ def embedding(
     """
     if out is None:
         out = _new(token_ids, (token_ids.shape[0], table.shape[1]))
-    _core.embedding(token_ids, table, out, scale)
+    _core.embedding(token_ids, table, residual, out, scale)
     return out
 
 
@@ -124,6 +134,28 @@ def rms_norm(
     if out is None:
         out = _new(x, tuple(x.shape))
     _core.rms_norm(x, weight, residual, out, eps, weight_offset)
+    return out
+
+
+def layer_norm(
+    x: Array, weight: Array, bias: Array, *, eps: float = 1e-5, out: Array | None = None
+) -> Array:
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``, last dimension.
+
+    Parameters
+    ----------
+    x : float32 [num_tokens, size]
+        ``out`` may be ``x``.
+    weight, bias : float32 [size]
+    eps : at least 0
+
+    Returns
+    -------
+    float32 [num_tokens, size]
+    """
+    if out is None:
+        out = _new(x, tuple(x.shape))
+    _core.layer_norm(x, weight, bias, out, eps)
     return out
 
 
@@ -333,6 +365,44 @@ def gated_activation(x: Array, *, activation: str = "silu", out: Array | None = 
     if out is None:
         out = _new(x, (x.shape[0], x.shape[1] // 2))
     _core.gated_activation(x, out, activation)
+    return out
+
+
+def activation(x: Array, *, activation: str = "gelu", out: Array | None = None) -> Array:
+    """``activation(x)``.
+
+    Parameters
+    ----------
+    x : float32 [num_tokens, size]
+        ``out`` may be ``x``.
+    activation : "silu", "gelu" or "gelu_tanh"
+
+    Returns
+    -------
+    float32 [num_tokens, size]
+    """
+    if out is None:
+        out = _new(x, tuple(x.shape))
+    _core.activation(x, out, activation)
+    return out
+
+
+def softcap(x: Array, cap: float, *, out: Array | None = None) -> Array:
+    """``cap * tanh(x / cap)``.
+
+    Parameters
+    ----------
+    x : float32 [num_rows, size]
+        ``out`` may be ``x``.
+    cap : above 0
+
+    Returns
+    -------
+    float32 [num_rows, size]
+    """
+    if out is None:
+        out = _new(x, tuple(x.shape))
+    _core.softcap(x, out, cap)
     return out
 
 

@@ -17,10 +17,10 @@ from fullbeam.ops import BeamStep, Sample
 from fullbeam.weight_types import WEIGHT_TYPES, dequantize, quantize
 
 __all__ = [
-    "WEIGHT_TYPES", "attention_decode", "attention_prefill", "beam_step", "dequantize",
-    "edited_logits", "embedding",
-    "gated_activation", "kv_write", "linear", "logprobs", "philox", "quantize", "rms_norm", "rope",
-    "round_activations", "sample", "sample_probs", "uniform",
+    "WEIGHT_TYPES", "activation", "attention_decode", "attention_prefill", "beam_step",
+    "dequantize", "edited_logits", "embedding", "gated_activation", "kv_write", "layer_norm",
+    "linear", "logprobs", "philox", "quantize", "rms_norm", "rope", "round_activations", "sample",
+    "sample_probs", "softcap", "uniform",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -31,9 +31,11 @@ def _wide(x: Any) -> Float64:
     return np.asarray(x, np.float64)
 
 
-def embedding(token_ids: Array, table: Array, *, scale: float = 1.0) -> Float64:
+def embedding(
+    token_ids: Array, table: Array, *, scale: float = 1.0, residual: Array | None = None
+) -> Float64:
     out: Float64 = _wide(table)[token_ids] * scale
-    return out
+    return out if residual is None else out + _wide(residual)
 
 
 def rms_norm(
@@ -48,6 +50,13 @@ def rms_norm(
     normed = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps)
     out: Float64 = normed * (_wide(weight) + weight_offset)
     return out if residual is None else out + _wide(residual)
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, *, eps: float = 1e-5) -> Float64:
+    centred = _wide(x) - _wide(x).mean(axis=-1, keepdims=True)
+    scale = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+    out: Float64 = centred / scale * _wide(weight) + _wide(bias)
+    return out
 
 
 def linear(
@@ -182,15 +191,27 @@ def attention_decode(
     return out
 
 
+def _activated(x: Float64, kind: str) -> Float64:
+    if kind == "silu":
+        share = 0.5 * (1 + np.tanh(x / 2))
+    elif kind == "gelu_tanh":
+        share = 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    else:
+        share = 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2))
+    return np.asarray(x * share)
+
+
+def activation(x: Array, *, activation: str = "gelu") -> Float64:
+    return _activated(_wide(x), activation)
+
+
 def gated_activation(x: Array, *, activation: str = "silu") -> Float64:
     gate, up = np.split(_wide(x), 2, axis=-1)
-    if activation == "silu":
-        share = 0.5 * (1 + np.tanh(gate / 2))
-    elif activation == "gelu_tanh":
-        share = 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-    else:
-        share = 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-gate / math.sqrt(2))
-    return gate * share * up
+    return _activated(gate, activation) * up
+
+
+def softcap(x: Array, cap: float) -> Float64:
+    return cap * np.tanh(_wide(x) / cap)
 
 
 def _finite_row(row: Array) -> Float64 | None:

@@ -43,6 +43,15 @@ def test_embedding_of_an_id_outside_the_table_is_zero(token_id: int) -> None:
     np.testing.assert_array_equal(out[1], 0)
 
 
+def test_embedding_adds_the_residual_and_may_write_over_it(rng: Any) -> None:
+    data = reference.quantize(rng.standard_normal((9, 64)), "Q8_0")
+    table, ids = ops.pack_weight([(data, "Q8_0", (9, 64))]), np.array([3, 9, 0], np.int32)
+    hidden = rng.standard_normal((3, 64), np.float32)
+    expected = hidden + ops.embedding(ids, table, scale=2.0)
+    assert ops.embedding(ids, table, scale=2.0, residual=hidden, out=hidden) is hidden
+    np.testing.assert_array_equal(hidden, expected)
+
+
 def test_embedding_refuses_what_does_not_fit() -> None:
     table = ops.pack_weight([(np.zeros(5 * 128, np.uint8), "F32", (5, 32))])
     with pytest.raises(TypeError, match=r"^embedding: token_ids must be int32, got int64$"):

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/activation.h"
+
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "ops/activation_name.h"
+#include "ops/ops.h"
+
+namespace fullbeam::ops {
+
+void activation(const Tensor& x, const Tensor& out, const std::string& activation) {
+  Check check("activation");
+  check.tensor("x", x, {"num_tokens", "size"}, {DType::f32}, false);
+  check.tensor("out", out, {"num_tokens", "size"}, {DType::f32}, false);
+  check.writable("out", out);
+  ActivationParams p{};
+  p.activation = activation_of(check, activation);
+  p.x = static_cast<const float*>(x.data);
+  p.out = static_cast<float*>(out.data);
+  p.num_tokens = check.size("num_tokens");
+  p.size = check.size("size");
+  p.x_stride = x.strides[0];
+  p.out_stride = out.strides[0];
+  FULLBEAM_DISPATCH_CPU(activation, x.device, p);
+}
+
+}  // namespace fullbeam::ops
