@@ -66,7 +66,7 @@ def load(
     from fullbeam.models.catalog import resolve
 
     path = resolve(model, progress=progress)
-    opened = open_model(path, threads=threads, progress=progress)
+    opened = open_model(path, threads=threads, context=context, progress=progress)
     decoder = opened.decoder
     plan = plan_kv(
         bytes_per_token=decoder.kv_bytes_per_token(),

@@ -3,12 +3,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fullbeam.models.families import read_config
+from fullbeam.models.source import Source, Tensor
+
+
+class InMemory(Source):
+    path = Path("x.gguf")
+    is_converted = True
+
+    def __init__(self, metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+        self.metadata, self.tensors = metadata, tensors
+
+    def release(self, tensor: Tensor) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -29,9 +43,6 @@ def test_gemma3_attention_scale(layers: int, hidden: int, heads: int, scale: flo
         "gemma3.feed_forward_length": 1024,
     }
 
-    def get(key: str, kind: type, default: Any = None) -> Any:
-        return values.get(key, default)
-
     table = SimpleNamespace(shape=(262144, hidden))
-    file: Any = SimpleNamespace(path="x.gguf", get=get, tensors={"token_embd.weight": table})
-    assert read_config(file).attention_scale == pytest.approx(scale**-0.5)
+    source = InMemory(values, {"token_embd.weight": table})
+    assert read_config(source).attention_scale == pytest.approx(scale**-0.5)

@@ -29,6 +29,7 @@ def open_model(
     path: Path,
     *,
     threads: int | None = None,
+    context: int | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> OpenModel:
     """Read a GGUF file into memory.
@@ -37,6 +38,7 @@ def open_model(
     ----------
     path : the file
     threads : threads of a step; None = physical cores
+    context : most tokens of a text, where that isn't the default
     progress : called with a fraction in 0..1 and what is being done
 
     Raises
@@ -47,19 +49,20 @@ def open_model(
     """
     from fullbeam import _core
     from fullbeam.models.decoder import Decoder
-    from fullbeam.models.families import read_config, read_weights
+    from fullbeam.models.families import read_config
     from fullbeam.models.gguf import GgufFile
     from fullbeam.models.tokenizer import Tokenizer
+    from fullbeam.models.weights import read_weights
 
     threads = _core.num_physical_cores() if threads is None else threads
     _core.set_num_threads(threads)
     report = progress if progress is not None else (lambda fraction, what: None)
     with GgufFile.open(path) as file:
-        config = read_config(file)
+        config = read_config(file, context=context)
         report(0.0, "tokenizer")
         tokenizer = Tokenizer.from_gguf(file)
         file.release_metadata()
-        total = sum(len(tensor.data) for tensor in file.tensors.values())
+        total = sum(tensor.num_bytes for tensor in file.tensors.values())
         done = 0
 
         def packed(num_bytes: int) -> None:

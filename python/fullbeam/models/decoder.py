@@ -11,66 +11,9 @@ import numpy as np
 
 from fullbeam import _core, ops
 from fullbeam.engine.batch import Batch, FloatArray
+from fullbeam.models.config import DecoderConfig, LayerWeights, Linear, Norm, Weights
 
 _MAX_PROGRAMS = 64  # recorded steps to keep; one takes some kilobytes
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding of one layer."""
-
-    inv_freq: FloatArray  # [rotated dimensions / 2], scaling already applied
-    interleaved: bool = False  # pairs (2 i, 2 i + 1) instead of halves
-    scale: float = 1.0  # factor of cosine and sine
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Everything that tells one family's forward pass from another's."""
-
-    vocab_size: int
-    context_len: int  # positions that the model was made for
-    hidden_size: int
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
-    ropes: tuple[Rope, ...]  # per layer
-    windows: tuple[int, ...]  # per layer: keys that a query sees; 0 = all before it
-    attention_scale: float
-    norm_eps: float
-    norm_offset: float = 0.0  # 1 where norm weights are stored as a difference from 1
-    attention_softcap: float = 0.0
-    embedding_scale: float = 1.0
-    activation: str = "silu"
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """Weights of one layer; what a family lacks is None."""
-
-    attention_norm: FloatArray  # [hidden_size]
-    qkv: ops.PackedWeight  # [(num_q_heads + 2 * num_kv_heads) * head_dim, hidden_size]
-    attention_out: ops.PackedWeight  # [hidden_size, num_q_heads * head_dim]
-    ffn_norm: FloatArray  # [hidden_size]
-    gate_up: ops.PackedWeight  # [2 * ffn_size, hidden_size]
-    down: ops.PackedWeight  # [hidden_size, ffn_size]
-    qkv_bias: FloatArray | None = None
-    q_norm: FloatArray | None = None  # [head_dim]
-    k_norm: FloatArray | None = None
-    post_attention_norm: FloatArray | None = None  # [hidden_size], before the residual is added
-    post_ffn_norm: FloatArray | None = None
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights of the whole model; `head` is `embedding` where the two are tied."""
-
-    embedding: ops.PackedWeight  # [vocab_size, hidden_size]
-    layers: tuple[LayerWeights, ...]
-    output_norm: FloatArray  # [hidden_size]
-    head: ops.PackedWeight  # [vocab_size, hidden_size]
 
 
 class KvCache:
@@ -134,7 +77,7 @@ class _Buffers:
         self.normed = np.zeros((tokens, config.hidden_size), np.float32)
         self.qkv = np.zeros((tokens, q_size + 2 * kv_size), np.float32)
         self.attended = np.zeros((tokens, q_size), np.float32)
-        self.gate_up = np.zeros((tokens, 2 * config.ffn_size), np.float32)
+        self.up = np.zeros((tokens, (1 + config.is_gated) * config.ffn_size), np.float32)
         self.activated = np.zeros((tokens, config.ffn_size), np.float32)
 
     def fill(self, batch: Batch) -> None:
@@ -262,22 +205,25 @@ class Decoder:
         ops.embedding(
             b.token_ids[:n], self.weights.embedding, scale=config.embedding_scale, out=hidden
         )
+        if self.weights.positions is not None:
+            ops.embedding(positions, self.weights.positions, residual=hidden, out=hidden)
         for idx, layer in enumerate(self.weights.layers):
             rope = config.ropes[idx]
             keys, values = kv.keys[idx], kv.values[idx]
-            ops.rms_norm(hidden, layer.attention_norm, eps=eps, weight_offset=offset, out=normed)
-            ops.linear(normed, layer.qkv, bias=layer.qkv_bias, out=b.qkv[:n])
+            self._norm(hidden, layer.attention_norm, normed)
+            ops.linear(normed, layer.qkv.weight, bias=layer.qkv.bias, out=b.qkv[:n])
             if layer.q_norm is not None:
                 ops.rms_norm(query, layer.q_norm, eps=eps, weight_offset=offset, out=query)
             if layer.k_norm is not None:
                 ops.rms_norm(key, layer.k_norm, eps=eps, weight_offset=offset, out=key)
-            ops.rope(
-                heads[:, : num_q + num_kv],
-                positions,
-                rope.inv_freq,
-                interleaved=rope.interleaved,
-                scale=rope.scale,
-            )
+            if rope is not None:
+                ops.rope(
+                    heads[:, : num_q + num_kv],
+                    positions,
+                    rope.inv_freq,
+                    interleaved=rope.interleaved,
+                    scale=rope.scale,
+                )
             ops.kv_write(key, value, keys, values, b.slots[:n])
             if num_decode:
                 ops.attention_decode(
@@ -313,32 +259,37 @@ class Decoder:
     ) -> None:
         """What follows a layer's attention, row by row."""
         config, n = self.config, len(hidden)
-        normed, gate_up, activated = b.normed[:n], b.gate_up[:n], b.activated[:n]
+        normed, up, activated = b.normed[:n], b.up[:n], b.activated[:n]
+        if config.is_parallel:
+            self._norm(hidden, layer.ffn_norm, normed)
         self._add(attended, layer.attention_out, layer.post_attention_norm, hidden, normed)
-        ops.rms_norm(
-            hidden,
-            layer.ffn_norm,
-            eps=config.norm_eps,
-            weight_offset=config.norm_offset,
-            out=normed,
-        )
-        ops.linear(normed, layer.gate_up, out=gate_up)
-        ops.gated_activation(gate_up, activation=config.activation, out=activated)
+        if not config.is_parallel:
+            self._norm(hidden, layer.ffn_norm, normed)
+        ops.linear(normed, layer.up.weight, bias=layer.up.bias, out=up)
+        activate = ops.gated_activation if config.is_gated else ops.activation
+        activate(up, activation=config.activation, out=activated)
         self._add(activated, layer.down, layer.post_ffn_norm, hidden, normed)
+
+    def _norm(self, x: FloatArray, norm: Norm, out: FloatArray) -> None:
+        eps, offset = self.config.norm_eps, self.config.norm_offset
+        if norm.bias is None:
+            ops.rms_norm(x, norm.weight, eps=eps, weight_offset=offset, out=out)
+        else:
+            ops.layer_norm(x, norm.weight, norm.bias, eps=eps, out=out)
 
     def _add(
         self,
         x: FloatArray,
-        weight: ops.PackedWeight,
+        linear: Linear,
         post_norm: FloatArray | None,
         hidden: FloatArray,
         spare: FloatArray,
     ) -> None:
-        """hidden += weight x, normed before it is added where the family does so."""
+        """hidden += linear(x), normed before it is added where the family does so."""
         if post_norm is None:
-            ops.linear(x, weight, residual=hidden, out=hidden)
+            ops.linear(x, linear.weight, bias=linear.bias, residual=hidden, out=hidden)
             return
-        ops.linear(x, weight, out=spare)
+        ops.linear(x, linear.weight, bias=linear.bias, out=spare)
         ops.rms_norm(
             spare,
             post_norm,
@@ -350,16 +301,12 @@ class Decoder:
 
     def _head(self, b: _Buffers, rows: _Rows, num_rows: int) -> None:
         """The rest of the last layer and the logits, of the rows that want them."""
-        config, x = self.config, rows.hidden[:num_rows]
+        config, x, logits = self.config, rows.hidden[:num_rows], rows.logits[:num_rows]
         self._feed_forward(self.weights.layers[-1], rows.attended[:num_rows], x, b)
-        ops.rms_norm(
-            x,
-            self.weights.output_norm,
-            eps=config.norm_eps,
-            weight_offset=config.norm_offset,
-            out=x,
-        )
-        ops.linear(x, self.weights.head, out=rows.logits[:num_rows])
+        self._norm(x, self.weights.output_norm, x)
+        ops.linear(x, self.weights.head, out=logits)
+        if config.logit_softcap:
+            ops.softcap(logits, config.logit_softcap, out=logits)
 
     def _fit_buffers(self, batch: Batch, kv: KvCache) -> _Buffers:
         b = self._buffers

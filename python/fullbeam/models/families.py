@@ -1,246 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families as GGUF files name them: metadata and tensors -> DecoderConfig and Weights."""
+"""Model families: metadata as GGUF names it -> DecoderConfig."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fullbeam import ops
-from fullbeam.engine.batch import FloatArray
-from fullbeam.models.decoder import DecoderConfig, LayerWeights, Rope, Weights
-from fullbeam.models.gguf import GgufFile, GgufTensor
+from fullbeam.engine.memory import DEFAULT_CONTEXT
+from fullbeam.models.config import DecoderConfig, Rope
+from fullbeam.models.ropes import inverse_frequencies, read_rope
+from fullbeam.models.source import Source
+
+_MAX_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Family:
     """How a family differs from Llama.
 
-    Biases, query and key norms and post-norms are read where the file has them.
+    Norms with biases, biases of products, query and key norms, post-norms, fused matrices and
+    learned positions are read where the tensors are there.
     """
 
-    rope_interleaved: bool = False
+    rope_interleaved: bool = False  # in GGUF files
     activation: str = "silu"
+    is_gated: bool = True
+    is_parallel: bool = False  # unless the metadata says otherwise
+    is_norm_offset: bool = False  # norms are trained as a difference from 1
     is_embedding_scaled: bool = False  # by sqrt(hidden_size)
-    window_pattern: int = (
-        0  # every n-th layer sees everything, the others a window; 0 = all see everything
-    )
-    local_rope_base: float = 0.0  # of the windowed layers
+    window_pattern: int = 0  # every n-th layer sees everything; 0: all layers are alike
+    local_rope_base: float = 0.0  # of the windowed layers, where it is another
     wide_scale_layers: int = 0  # a model of so many layers scales queries by hidden_size / heads
 
+
+_GEMMA = Family(activation="gelu_tanh", is_norm_offset=True, is_embedding_scaled=True)
 
 FAMILIES = {
     "llama": Family(rope_interleaved=True),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma3": Family(
-        activation="gelu_tanh",
-        is_embedding_scaled=True,
-        window_pattern=6,
-        local_rope_base=10000.0,
-        wide_scale_layers=62,
-    ),
+    "gemma3": replace(_GEMMA, window_pattern=6, local_rope_base=10000.0, wide_scale_layers=62),
 }
 
-
-class WeightReader:
-    """Takes tensors out of a file, checking their shapes, and lets the file's pages go."""
-
-    def __init__(self, file: GgufFile, progress: Callable[[int], None]) -> None:
-        self._file = file
-        self._progress = progress
-
-    def has(self, name: str) -> bool:
-        return name in self._file.tensors
-
-    def matrix(self, *parts: tuple[str, int, int]) -> ops.PackedWeight:
-        """Stack tensors (name, rows, cols) by rows."""
-        tensors = [self._find(name, (rows, cols)) for name, rows, cols in parts]
-
-        def done(part: int, num_bytes: int) -> None:
-            self._file.release(tensors[part])
-            self._progress(num_bytes)
-
-        return ops.pack_weight(
-            [(t.data, t.type, (t.shape[0], t.shape[1])) for t in tensors], on_stretch=done
-        )
-
-    def vector(self, name: str, size: int) -> FloatArray:
-        tensor = self._find(name, (size,))
-        if tensor.type == "F32":
-            values = tensor.data.view(np.float32).astype(np.float32)
-        elif tensor.type == "F16":
-            values = tensor.data.view(np.float16).astype(np.float32)
-        elif tensor.type == "BF16":
-            values = (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        else:
-            raise ValueError(
-                f"{self._file.path}: tensor {name} must be F32, F16 or BF16, got {tensor.type}"
-            )
-        self._file.release(tensor)
-        self._progress(len(tensor.data))
-        return values
-
-    def optional_vector(self, name: str, size: int) -> FloatArray | None:
-        return self.vector(name, size) if self.has(name) else None
-
-    def _find(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
-        tensor = self._file.tensors.get(name)
-        if tensor is None:
-            raise ValueError(f"{self._file.path}: tensor {name} must be present, got none")
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{self._file.path}: tensor {name} must be {list(shape)}, got {list(tensor.shape)}"
-            )
-        return tensor
+# What else activations are called.
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+} | {name: name for name in ("silu", "gelu", "gelu_tanh")}
 
 
-def read_config(file: GgufFile) -> DecoderConfig:
-    """Read a model's shape from the file's metadata."""
-    arch = file.get("general.architecture", str)
+class _Sizes:
+    """The metadata of a source's architecture."""
+
+    def __init__(self, source: Source, arch: str) -> None:
+        self.source = source
+        self.arch = arch
+
+    def size(self, key: str, default: int | None = None) -> int:
+        name = f"{self.arch}.{key}"
+        get = self.source.get
+        value = get(name, int) if default is None else get(name, int, default)
+        if not 1 <= value <= _MAX_SIZE:
+            raise self.error(key, f"must be in 1..{_MAX_SIZE}", value)
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        name = f"{self.arch}.{key}"
+        get = self.source.get
+        value = get(name, float) if default is None else get(name, float, default)
+        if not value >= 0 or not math.isfinite(value):
+            raise self.error(key, "must be finite and at least 0", value)
+        return value
+
+    def error(self, key: str, requirement: str, value: object) -> ValueError:
+        name = self.source.name_of(f"{self.arch}.{key}")
+        return ValueError(f"{self.source.path}: {name} {requirement}, got {value}")
+
+
+def read_config(source: Source, *, context: int | None = None) -> DecoderConfig:
+    """Read a model's shape from a source's metadata.
+
+    Parameters
+    ----------
+    source : what the model is read from
+    context : most tokens of a text, where the caller wants another number than the default
+    """
+    arch = source.get("general.architecture", str)
     family = FAMILIES.get(arch)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{file.path}: general.architecture must be one of {known}, got {arch}")
-
-    def size(key: str, default: int | None = None, *, least: int = 1) -> int:
-        name = f"{arch}.{key}"
-        value = file.get(name, int) if default is None else file.get(name, int, default)
-        if not least <= value <= 1 << 24:
-            raise ValueError(f"{file.path}: {name} must be in {least}..{1 << 24}, got {value}")
-        return value
-
-    hidden_size, num_layers = size("embedding_length"), size("block_count")
-    num_q_heads = size("attention.head_count")
-    num_kv_heads = size("attention.head_count_kv", num_q_heads)
-    head_dim = size("attention.key_length", hidden_size // num_q_heads)
-    if size("attention.value_length", head_dim) != head_dim:
-        raise ValueError(f"{file.path}: {arch}.attention.value_length must equal key_length")
+        raise ValueError(f"{source.path}: general.architecture must be one of {known}, got {arch}")
+    data = _Sizes(source, arch)
+    hidden_size, num_layers = data.size("embedding_length"), data.size("block_count")
+    num_q_heads = data.size("attention.head_count")
+    num_kv_heads = data.size("attention.head_count_kv", num_q_heads)
+    head_dim = data.size("attention.key_length", hidden_size // num_q_heads)
+    if data.size("attention.value_length", head_dim) != head_dim:
+        raise ValueError(f"{source.path}: {arch}.attention.value_length must equal key_length")
     if num_layers > 1024 or num_q_heads % num_kv_heads or head_dim % 16 or head_dim > 512:
         raise ValueError(
-            f"{file.path}: the model must have at most 1024 layers, heads of a multiple of 16 up "
+            f"{source.path}: the model must have at most 1024 layers, heads of a multiple of 16 up "
             f"to 512 dimensions, and query heads a multiple of KV heads; got {num_layers} layers, "
             f"{num_q_heads} and {num_kv_heads} heads of {head_dim}"
         )
-    is_wide = num_layers == family.wide_scale_layers  # Gemma 3 27B
-    ropes, windows = _layer_kinds(file, arch, family, num_layers, head_dim, size)
+    is_wide = num_layers == family.wide_scale_layers
+    scale = 1.0 / math.sqrt(hidden_size / num_q_heads if is_wide else head_dim)
+    is_rms = source.get(f"{arch}.attention.layer_norm_epsilon", float, None) is None
+    eps_key = "attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon"
+    context_len = data.size("context_length")
+    windows = _windows(data, family, num_layers)
+    wanted = min(context_len, DEFAULT_CONTEXT if context is None else context)
     return DecoderConfig(
-        vocab_size=_vocab_size(file),
-        context_len=size("context_length"),
+        vocab_size=_vocab_size(source),
+        context_len=context_len,
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        ffn_size=size("feed_forward_length"),
-        ropes=ropes,
+        ffn_size=data.size("feed_forward_length"),
+        ropes=_ropes(data, family, windows, head_dim, wanted),
         windows=windows,
-        attention_scale=1.0 / math.sqrt(hidden_size / num_q_heads if is_wide else head_dim),
-        norm_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
+        attention_scale=data.number("attention.scale", scale),
+        norm_eps=data.number(eps_key),
+        norm_offset=float(family.is_norm_offset and not source.is_converted),
+        attention_softcap=data.number("attn_logit_softcapping", 0.0),
         embedding_scale=math.sqrt(hidden_size) if family.is_embedding_scaled else 1.0,
-        activation=family.activation,
+        activation=_activation(data, family),
+        is_gated=family.is_gated,
+        is_parallel=source.get(f"{arch}.use_parallel_residual", bool, family.is_parallel),
+        logit_softcap=data.number("final_logit_softcapping", 0.0),
     )
 
 
-def _vocab_size(file: GgufFile) -> int:
-    table = file.tensors.get("token_embd.weight")
+def _vocab_size(source: Source) -> int:
+    table = source.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
-        raise ValueError(f"{file.path}: tensor token_embd.weight must be a matrix")
+        name = source.name_of("token_embd.weight")
+        raise ValueError(f"{source.path}: tensor {name} must be a matrix")
     return table.shape[0]
 
 
-def _layer_kinds(
-    file: GgufFile,
-    arch: str,
-    family: Family,
-    num_layers: int,
-    head_dim: int,
-    size: Callable[..., int],
-) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
-    """Rope and window of each layer."""
-    num_rotated = size("rope.dimension_count", head_dim)
-    if num_rotated % 2 or num_rotated > head_dim:
-        raise ValueError(
-            f"{file.path}: {arch}.rope.dimension_count must be even and at most {head_dim}, "
-            f"got {num_rotated}"
-        )
-    base = file.get(f"{arch}.rope.freq_base", float, 10000.0)
-    scaling = file.get(f"{arch}.rope.scaling.type", str, "none")
-    if scaling not in ("none", "linear"):
-        raise ValueError(
-            f"{file.path}: {arch}.rope.scaling.type must be none or linear, got {scaling}"
-        )
-    factor = file.get(f"{arch}.rope.scaling.factor", float, 1.0) if scaling == "linear" else 1.0
-    for name, value in (("freq_base", base), ("scaling.factor", factor)):
-        if not value > 0 or not math.isfinite(value):
-            raise ValueError(f"{file.path}: {arch}.rope.{name} must be above 0, got {value}")
-    everywhere = Rope(
-        _inv_freq(file, base, num_rotated) / np.float32(factor), family.rope_interleaved
-    )
-    if not family.window_pattern:
-        return (everywhere,) * num_layers, (0,) * num_layers
-    window = size("attention.sliding_window")
-    local_base = file.get(f"{arch}.rope.freq_base_swa", float, family.local_rope_base)
-    local = Rope(_inv_freq(file, local_base, num_rotated), family.rope_interleaved)
-    is_global = [(layer + 1) % family.window_pattern == 0 for layer in range(num_layers)]
-    ropes = tuple(everywhere if sees_all else local for sees_all in is_global)
-    return ropes, tuple(0 if sees_all else window for sees_all in is_global)
+def _activation(data: _Sizes, family: Family) -> str:
+    name = data.source.get(f"{data.arch}.hidden_activation", str, family.activation)
+    if name not in _ACTIVATIONS:
+        raise data.error("hidden_activation", f"must be one of {', '.join(_ACTIVATIONS)}", name)
+    return _ACTIVATIONS[name]
 
 
-def _inv_freq(file: GgufFile, base: float, num_rotated: int) -> FloatArray:
-    inv_freq = base ** (-np.arange(0, num_rotated, 2, dtype=np.float64) / num_rotated)
-    factors = file.tensors.get("rope_freqs.weight")  # Llama 3's scaling, one factor per pair
-    if factors is not None:
-        if factors.type != "F32" or factors.shape != (num_rotated // 2,):
-            raise ValueError(
-                f"{file.path}: tensor rope_freqs.weight must be F32 [{num_rotated // 2}], "
-                f"got {factors.type} {list(factors.shape)}"
+def _windows(data: _Sizes, family: Family, num_layers: int) -> tuple[int, ...]:
+    """Keys that each layer sees; 0: all."""
+    source, arch = data.source, data.arch
+    is_local = [f"{arch}.attention.sliding_window" in source.metadata] * num_layers
+    if family.window_pattern:
+        is_local = [(idx + 1) % family.window_pattern != 0 for idx in range(num_layers)]
+    given = source.get(f"{arch}.attention.sliding_window_pattern", np.ndarray, None)
+    if given is not None:
+        if given.dtype != np.bool_ or len(given) != num_layers:
+            raise data.error(
+                "attention.sliding_window_pattern", f"must be {num_layers} bools", given
             )
-        inv_freq = inv_freq / factors.data.view(np.float32)
-    return inv_freq.astype(np.float32)
+        is_local = given.tolist()
+    window = data.size("attention.sliding_window") if any(is_local) else 0
+    return tuple(window if local else 0 for local in is_local)
 
 
-def read_weights(file: GgufFile, config: DecoderConfig, progress: Callable[[int], None]) -> Weights:
-    """Pack a model's weights; ``progress`` is told bytes as they are done."""
-    reader = WeightReader(file, progress)
-    hidden, vocab = config.hidden_size, config.vocab_size
-    embedding = reader.matrix(("token_embd.weight", vocab, hidden))
-    head = embedding
-    if reader.has("output.weight"):
-        head = reader.matrix(("output.weight", vocab, hidden))
-    return Weights(
-        embedding=embedding,
-        layers=tuple(_read_layer(reader, config, idx) for idx in range(config.num_layers)),
-        output_norm=reader.vector("output_norm.weight", hidden),
-        head=head,
-    )
-
-
-def _read_layer(reader: WeightReader, config: DecoderConfig, idx: int) -> LayerWeights:
-    hidden, ffn, dim = config.hidden_size, config.ffn_size, config.head_dim
-    q_size, kv_size = config.num_q_heads * dim, config.num_kv_heads * dim
-    blk = f"blk.{idx}."
-    sizes = {"attn_q": q_size, "attn_k": kv_size, "attn_v": kv_size}
-    bias = None
-    if reader.has(f"{blk}attn_q.bias"):
-        bias = np.concatenate(
-            [reader.vector(f"{blk}{name}.bias", size) for name, size in sizes.items()]
+def _ropes(
+    data: _Sizes, family: Family, windows: tuple[int, ...], head_dim: int, context_len: int
+) -> tuple[Rope | None, ...]:
+    source, arch = data.source, data.arch
+    if "position_embd.weight" in source.tensors:
+        return (None,) * len(windows)
+    num_rotated = data.size("rope.dimension_count", head_dim)
+    if num_rotated % 2 or num_rotated > head_dim:
+        raise data.error(
+            "rope.dimension_count", f"must be even and at most {head_dim}", num_rotated
         )
-    return LayerWeights(
-        attention_norm=reader.vector(f"{blk}attn_norm.weight", hidden),
-        qkv=reader.matrix(*((f"{blk}{name}.weight", size, hidden) for name, size in sizes.items())),
-        qkv_bias=bias,
-        q_norm=reader.optional_vector(f"{blk}attn_q_norm.weight", dim),
-        k_norm=reader.optional_vector(f"{blk}attn_k_norm.weight", dim),
-        attention_out=reader.matrix((f"{blk}attn_output.weight", hidden, q_size)),
-        post_attention_norm=reader.optional_vector(f"{blk}post_attention_norm.weight", hidden),
-        ffn_norm=reader.vector(f"{blk}ffn_norm.weight", hidden),
-        gate_up=reader.matrix(
-            (f"{blk}ffn_gate.weight", ffn, hidden), (f"{blk}ffn_up.weight", ffn, hidden)
-        ),
-        down=reader.matrix((f"{blk}ffn_down.weight", hidden, ffn)),
-        post_ffn_norm=reader.optional_vector(f"{blk}post_ffw_norm.weight", hidden),
+    base = data.number("rope.freq_base", 10000.0)
+    if base <= 1:
+        raise data.error("rope.freq_base", "must be above 1", base)
+    interleaved = family.rope_interleaved and source.is_converted
+    everywhere = read_rope(
+        source, arch, base, num_rotated, context_len=context_len, interleaved=interleaved
     )
+    if not family.local_rope_base:
+        return (everywhere,) * len(windows)
+    local_base = data.number("rope.freq_base_swa", family.local_rope_base)
+    local = Rope(inverse_frequencies(local_base, num_rotated).astype(np.float32), interleaved)
+    return tuple(local if window else everywhere for window in windows)

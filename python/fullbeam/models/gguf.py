@@ -6,29 +6,25 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, TypeVar, overload
+from types import MappingProxyType
 
 from fullbeam.models.gguf_header import GgufStrings, GgufTensor, HeaderReader, MetadataValue
+from fullbeam.models.source import Source, Tensor
 
 __all__ = ["GgufFile", "GgufStrings", "GgufTensor", "MetadataValue"]
 
-T = TypeVar("T")
-D = TypeVar("D")
 
-
-class GgufFile:
+class GgufFile(Source):
     """A GGUF file that has been checked from end to end; use `open`.
 
     `metadata` maps keys to str, int, float, bool, `GgufStrings` for an array of strings, or a NumPy
     array for one of numbers or bools; `tensors` maps names to `GgufTensor`, in the file's order.
     """
 
-    path: Path
     version: int
     alignment: int
-    metadata: Mapping[str, MetadataValue]
     tensors: Mapping[str, GgufTensor]
+    is_converted = True
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self.path = path
@@ -74,49 +70,9 @@ class GgufFile:
             _close(mapped)
             raise
 
-    @overload
-    def get(self, key: str, kind: type[T]) -> T: ...
-
-    @overload
-    def get(self, key: str, kind: type[T], default: D) -> T | D: ...
-
-    def get(self, key: str, kind: type[Any], default: Any = ...) -> Any:
-        """Look up a metadata value of a known kind.
-
-        Parameters
-        ----------
-        key
-            The full key, such as `"general.architecture"`.
-        kind
-            str, int, float, bool, `GgufStrings` or `np.ndarray`; an int serves as a float.
-        default
-            What to return where the file has no such key; without it the key is required.
-
-        Returns
-        -------
-        The value, of exactly that kind.
-
-        Raises
-        ------
-        ValueError
-            Where the key is absent and has no default, or its value is of another kind.
-        """
-        value = self.metadata.get(key)
-        if value is None:
-            if default is ...:
-                raise ValueError(f"{self.path}: metadata must have {key}, which is absent")
-            return default
-        if kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not kind:
-            raise ValueError(
-                f"{self.path}: {key} must be {kind.__name__}, got {type(value).__name__}"
-            )
-        return value
-
-    def release(self, tensor: GgufTensor) -> None:
+    def release(self, tensor: Tensor) -> None:
         """Drop a tensor's pages from this process; touching it again reads the file again."""
-        if not self._mapped.closed:
+        if isinstance(tensor, GgufTensor) and not self._mapped.closed:
             self._release(tensor.offset, tensor.offset + tensor.data.nbytes)
 
     def release_metadata(self) -> None:
@@ -133,17 +89,6 @@ class GgufFile:
         """Let go of the file; arrays still held elsewhere stay readable and keep it mapped."""
         self.tensors = MappingProxyType({})
         _close(self._mapped)
-
-    def __enter__(self) -> GgufFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"GgufFile({str(self.path)!r}, {len(self.tensors)} tensors)"

@@ -97,6 +97,11 @@ class GgufTensor:
     data: npt.NDArray[np.uint8]
     offset: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.data.nbytes
+
 
 class GgufStrings(Sequence[str]):
     """An array of strings, each decoded when it is asked for: a vocabulary takes no memory.

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source's tensors -> Weights: shapes checked, matrices packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fullbeam import ops
+from fullbeam.engine.batch import FloatArray
+from fullbeam.models.config import DecoderConfig, LayerWeights, Linear, Norm, Weights
+from fullbeam.models.source import Source, Tensor
+
+
+class WeightReader:
+    """Takes tensors out of a source, checking their shapes, and lets its pages go."""
+
+    def __init__(self, source: Source, progress: Callable[[int], None]) -> None:
+        self._source = source
+        self._progress = progress
+
+    def has(self, name: str) -> bool:
+        return name in self._source.tensors
+
+    def matrix(self, *parts: tuple[str, int, int]) -> ops.PackedWeight:
+        """Stack tensors (name, rows, cols) by rows."""
+        tensors = [self._find(name, (rows, cols)) for name, rows, cols in parts]
+
+        def done(part: int, num_bytes: int) -> None:
+            self._source.release(tensors[part])
+            self._progress(num_bytes)
+
+        try:
+            return ops.pack_weight(
+                [(t.data, t.type, (t.shape[0], t.shape[1])) for t in tensors], on_stretch=done
+            )
+        except ValueError as error:
+            names = ", ".join(tensor.name for tensor in tensors)
+            raise ValueError(f"{self._source.path}: tensor {names}: {error}") from error
+
+    def vector(self, name: str, size: int) -> FloatArray:
+        tensor = self._find(name, (size,))
+        if tensor.type == "F32":
+            values = tensor.data.view(np.float32).astype(np.float32)
+        elif tensor.type == "F16":
+            values = tensor.data.view(np.float16).astype(np.float32)
+        elif tensor.type == "BF16":
+            values = (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            raise ValueError(
+                f"{self._source.path}: tensor {tensor.name} must be F32, F16 or BF16, "
+                f"got {tensor.type}"
+            )
+        self._source.release(tensor)
+        self._progress(tensor.num_bytes)
+        return values
+
+    def optional_vector(self, name: str, size: int) -> FloatArray | None:
+        return self.vector(name, size) if self.has(name) else None
+
+    def linear(self, cols: int, *parts: tuple[str, int]) -> Linear:
+        """Stack tensors (name without ending, rows) and their biases, if the first has one."""
+        weight = self.matrix(*((f"{name}.weight", rows, cols) for name, rows in parts))
+        if not self.has(f"{parts[0][0]}.bias"):
+            return Linear(weight)
+        biases = [self.vector(f"{name}.bias", rows) for name, rows in parts]
+        return Linear(weight, np.concatenate(biases))
+
+    def norm(self, name: str, size: int) -> Norm:
+        return Norm(self.vector(f"{name}.weight", size), self.optional_vector(f"{name}.bias", size))
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._source.tensors.get(name)
+        if tensor is None:
+            name = self._source.name_of(name)
+            raise ValueError(f"{self._source.path}: tensor {name} must be present, got none")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{self._source.path}: tensor {tensor.name} must be {list(shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+        return tensor
+
+
+def read_weights(source: Source, config: DecoderConfig, progress: Callable[[int], None]) -> Weights:
+    """Pack a model's weights; ``progress`` is told bytes as they are done."""
+    reader = WeightReader(source, progress)
+    hidden, vocab = config.hidden_size, config.vocab_size
+    embedding = reader.matrix(("token_embd.weight", vocab, hidden))
+    head, positions = embedding, None
+    if reader.has("output.weight"):
+        head = reader.matrix(("output.weight", vocab, hidden))
+    if config.ropes[0] is None:
+        positions = reader.matrix(("position_embd.weight", config.context_len, hidden))
+    return Weights(
+        embedding=embedding,
+        layers=tuple(_read_layer(reader, config, f"blk.{i}.") for i in range(config.num_layers)),
+        output_norm=reader.norm("output_norm", hidden),
+        head=head,
+        positions=positions,
+    )
+
+
+def _read_layer(reader: WeightReader, config: DecoderConfig, blk: str) -> LayerWeights:
+    hidden, ffn, dim = config.hidden_size, config.ffn_size, config.head_dim
+    q_size, kv_size = config.num_q_heads * dim, config.num_kv_heads * dim
+    qkv = [(f"{blk}attn_q", q_size), (f"{blk}attn_k", kv_size), (f"{blk}attn_v", kv_size)]
+    if reader.has(f"{blk}attn_qkv.weight"):
+        qkv = [(f"{blk}attn_qkv", q_size + 2 * kv_size)]
+    up = [(f"{blk}ffn_up", ffn)]
+    if config.is_gated:
+        is_fused = not reader.has(f"{blk}ffn_gate.weight")
+        up = [(f"{blk}ffn_up", 2 * ffn)] if is_fused else [(f"{blk}ffn_gate", ffn), *up]
+    return LayerWeights(
+        attention_norm=reader.norm(f"{blk}attn_norm", hidden),
+        qkv=reader.linear(hidden, *qkv),
+        q_norm=reader.optional_vector(f"{blk}attn_q_norm.weight", dim),
+        k_norm=reader.optional_vector(f"{blk}attn_k_norm.weight", dim),
+        attention_out=reader.linear(q_size, (f"{blk}attn_output", hidden)),
+        post_attention_norm=reader.optional_vector(f"{blk}post_attention_norm.weight", hidden),
+        ffn_norm=reader.norm(f"{blk}ffn_norm", hidden),
+        up=reader.linear(hidden, *up),
+        down=reader.linear(ffn, (f"{blk}ffn_down", hidden)),
+        post_ffn_norm=reader.optional_vector(f"{blk}post_ffw_norm.weight", hidden),
+    )
