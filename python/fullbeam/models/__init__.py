@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fullbeam.models.decoder import Decoder
+    from fullbeam.models.source import Source
     from fullbeam.models.tokenizer import Tokenizer
 
 __all__ = ["OpenModel", "open_model"]
@@ -32,11 +33,11 @@ def open_model(
     context: int | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> OpenModel:
-    """Read a GGUF file into memory.
+    """Read a model into memory.
 
     Parameters
     ----------
-    path : the file
+    path : a GGUF file, or a folder of config.json, safetensors and tokenizer.json
     threads : threads of a step; None = physical cores
     context : most tokens of a text, where that isn't the default
     progress : called with a fraction in 0..1 and what is being done
@@ -44,8 +45,8 @@ def open_model(
     Raises
     ------
     ValueError
-        The file is damaged, or a model that fullbeam doesn't know; the text names the file and
-        the field.
+        A file is damaged or missing, a model that fullbeam doesn't know, or one that doesn't fit
+        in memory; the text names the file and the field.
     """
     from fullbeam import _core
     from fullbeam.models.decoder import Decoder
@@ -57,12 +58,18 @@ def open_model(
     threads = _core.num_physical_cores() if threads is None else threads
     _core.set_num_threads(threads)
     report = progress if progress is not None else (lambda fraction, what: None)
-    with GgufFile.open(path) as file:
-        config = read_config(file, context=context)
+    with _open_source(path) as source:
+        config = read_config(source, context=context)
+        total = sum(tensor.num_bytes for tensor in source.tensors.values())
+        _require_room(path, total)
         report(0.0, "tokenizer")
-        tokenizer = Tokenizer.from_gguf(file)
-        file.release_metadata()
-        total = sum(tensor.num_bytes for tensor in file.tensors.values())
+        if isinstance(source, GgufFile):
+            tokenizer = Tokenizer.from_gguf(source)
+            source.release_metadata()
+        else:
+            from fullbeam.models.tokenizer_json import read_tokenizer
+
+            tokenizer = read_tokenizer(path, config.vocab_size)
         done = 0
 
         def packed(num_bytes: int) -> None:
@@ -70,10 +77,35 @@ def open_model(
             done += num_bytes
             report(min(1.0, done / total), "weights")
 
-        decoder = Decoder(config, read_weights(file, config, packed), threads=threads)
+        decoder = Decoder(config, read_weights(source, config, packed), threads=threads)
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer must have {config.vocab_size} tokens, the rows of "
             f"token_embd.weight, got {tokenizer.vocab_size}"
         )
-    return OpenModel(name=path.stem, path=path, decoder=decoder, tokenizer=tokenizer)
+    return OpenModel(
+        name=path.name if path.is_dir() else path.stem,
+        path=path,
+        decoder=decoder,
+        tokenizer=tokenizer,
+    )
+
+
+def _open_source(path: Path) -> Source:
+    if path.is_dir():
+        from fullbeam.models.huggingface import HuggingFaceFolder
+
+        return HuggingFaceFolder.open(path)
+    from fullbeam.models.gguf import GgufFile
+
+    return GgufFile.open(path)
+
+
+def _require_room(path: Path, num_bytes: int) -> None:
+    from fullbeam.engine.memory import available_bytes
+
+    if num_bytes > (available := available_bytes()):
+        raise ValueError(
+            f"{path}: the weights must fit in memory: they take {num_bytes >> 20} MiB, "
+            f"{available >> 20} MiB are available"
+        )

@@ -22,6 +22,8 @@ Progress = Callable[[float, str], None]
 
 _CHUNK_BYTES = 1 << 22
 _STALE_SECONDS = 3600.0
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # of a model in several files
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -137,12 +139,13 @@ def model_name(model: str | None) -> str:
 
 
 def resolve(model: str | None = None, *, progress: Progress | None = None) -> Path:
-    """Path of a model's GGUF file; a catalogue model that is not here yet is fetched first.
+    """Path of a model's GGUF file or folder; a catalogue model that is not here yet is fetched.
 
     Parameters
     ----------
     model
-        Catalogue name, path of a `.gguf` file, or folder that holds exactly one. None: the default.
+        Catalogue name, path of a `.gguf` file, or folder that holds exactly one, or config.json and
+        safetensors. None: the default.
     progress
         Told how far an assembly or download is.
 
@@ -159,7 +162,7 @@ def resolve(model: str | None = None, *, progress: Progress | None = None) -> Pa
         return entry.path if entry.is_local else _fetch(entry, progress)
     path = os.path.expanduser(name)
     if os.path.isdir(path):  # unlike Path.is_dir, false for names that no folder can have
-        return _check_magic(_only_gguf(Path(path)))
+        return _in_folder(Path(path))
     if os.path.isfile(path):
         return _check_magic(Path(path))
     known = ", ".join(CATALOG)
@@ -198,19 +201,21 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
     return _fetch(entry, progress)
 
 
-def _only_gguf(folder: Path) -> Path:
-    found = sorted(folder.glob("*.gguf"))
+def _in_folder(folder: Path) -> Path:
+    """The folder's GGUF file, or the folder where it has the files of Hugging Face."""
+    found = [path for path in sorted(folder.glob("*.gguf")) if not _LATER_PART.search(path.name)]
+    if (folder / "config.json").is_file():
+        return folder
     if len(found) == 1:
-        return found[0]
-    where = f"load: model folder must hold exactly one *.gguf file, got {str(folder)!r}"
+        return _check_magic(found[0])
+    where = (
+        "load: model folder must hold config.json and safetensors, or exactly one *.gguf file, "
+        f"got {str(folder)!r}"
+    )
     if found:
         names = ", ".join(path.name for path in found)
         raise ValueError(f"{where} with {len(found)}: give the path of one of {names}")
-    if (folder / "config.json").is_file():
-        raise ValueError(
-            f"{where} with a config.json: safetensors folders are not read, convert it to GGUF"
-        )
-    raise ValueError(f"{where} with none, and no config.json either")
+    raise ValueError(f"{where} with neither")
 
 
 def _check_magic(path: Path) -> Path:
@@ -219,6 +224,11 @@ def _check_magic(path: Path) -> Path:
     if magic != b"GGUF":
         raise ValueError(
             f"load: model must be a GGUF file, got {str(path)!r}, which starts with {magic!r}"
+            + (
+                " (a pickle, which may run code, is never loaded)"
+                if path.suffix in _PICKLES
+                else ""
+            )
         )
     return path
 

@@ -227,8 +227,8 @@ class Tokenizer:
                 literal.normalizer = self.backend.normalizer
             if self.backend.pre_tokenizer is not None:
                 literal.pre_tokenizer = self.backend.pre_tokenizer
-            known = self.backend.get_added_tokens_decoder().values()
-            literal.add_tokens([token for token in known if not token.special])
+            known = self.backend.get_added_tokens_decoder()
+            literal.add_tokens([known[i] for i in sorted(known) if not self.is_special(i)])
             self._literal = literal
         return self._literal
 

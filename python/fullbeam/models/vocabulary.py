@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,16 +156,63 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     kinds = _read_kinds(file, len(texts))
     scores = _read_scores(file, len(texts))
     is_llama = file.get("tokenizer.ggml.model", str) == "llama"
+    special = find_special(
+        ids.get,
+        kinds,
+        lambda key: _read_id(file, key, len(texts)),
+        suffix_first=file.get("tokenizer.ggml.pre", str, "") in _SUFFIX_FIRST,
+        prefix_last=is_prefix_last(
+            file.get("general.architecture", str, ""), file.get("general.name", str, "")
+        ),
+    )
+    bos, ends = special.bos_id, special.eos_ids
+    if is_llama and _read_id(file, "eos_token_id", len(texts)) is None and len(texts) > 2:
+        ends |= {2}
+    if bos is None and is_llama and len(texts) > 1:
+        bos = 1
+    kinds[list(ends)] = CONTROL
+    return Vocabulary(texts, ids, kinds, scores, bos, ends, special.infill)
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """What a vocabulary's special tokens are for."""
+
+    bos_id: int | None
+    eos_ids: frozenset[int]
+    infill: InfillTokens | None
+
+
+def find_special(
+    id_of: Callable[[str], int | None],
+    kinds: npt.NDArray[np.uint8],
+    given: Callable[[str], int | None],
+    *,
+    suffix_first: bool = False,
+    prefix_last: bool = False,
+) -> SpecialTokens:
+    """Find the special tokens by what a model says of them, else by their texts.
+
+    Parameters
+    ----------
+    id_of
+        The token of a text.
+    kinds
+        uint8 [vocab_size]; those found become CONTROL.
+    given
+        The token that a model names by one of GGUF's keys, such as `eos_token_id`.
+    suffix_first, prefix_last
+        As in `InfillTokens`.
+    """
+    marks = (UNKNOWN, CONTROL, USER_DEFINED)
 
     def find(candidates: Iterable[str], allowed: Iterable[int]) -> list[int]:
         wanted = {text: None for text in candidates}
-        return [i for text in wanted if (i := ids.get(text)) is not None and kinds[i] in allowed]
-
-    marks = (UNKNOWN, CONTROL, USER_DEFINED)
+        return [i for text in wanted if (i := id_of(text)) is not None and kinds[i] in allowed]
 
     def special(keys: Iterable[str], candidates: Iterable[str] = ()) -> int | None:
         for key in keys:
-            if (token_id := _read_id(file, key, len(texts))) is not None:
+            if (token_id := given(key)) is not None:
                 return token_id
         return next(iter(find(candidates, marks)), None)
 
@@ -180,29 +227,27 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
             roles["pad"],
             roles["repository"],
             roles["file"],
-            suffix_first=file.get("tokenizer.ggml.pre", str, "") in _SUFFIX_FIRST,
-            prefix_last=file.get("general.architecture", str, "") == "qwen2"
-            and "instruct" in file.get("general.name", str, "").lower(),
+            suffix_first=suffix_first,
+            prefix_last=prefix_last,
         )
-    ends = set(find(_END_TEXTS, marks)) | set(find(_END_TEXTS_IF_CONTROL, (CONTROL,)))
+    texts = {i: text for text in _END_TEXTS for i in find((text,), marks)}
+    ends = set(texts) | set(find(_END_TEXTS_IF_CONTROL, (CONTROL,)))
     ends |= {i for role in ("pad", "repository", "file") if (i := roles[role]) is not None}
-    eos = special(("eos_token_id",))
-    if eos is None and is_llama and len(texts) > 2:
-        eos = 2
-    ends |= {
-        i for i in (eos, special(("eot_token_id",)), special(("eom_token_id",))) if i is not None
-    }
+    named = (given(key) for key in ("eos_token_id", "eot_token_id", "eom_token_id"))
+    ends |= {i for i in named if i is not None}
     ends -= _not_ends(texts, ends)
-    bos = special(("bos_token_id",))
-    if bos is None and is_llama and len(texts) > 1:
-        bos = 1
     kinds[[i for i in (*ends, *roles.values()) if i is not None]] = CONTROL
-    return Vocabulary(texts, ids, kinds, scores, bos, frozenset(ends), infill)
+    return SpecialTokens(given("bos_token_id"), frozenset(ends), infill)
 
 
-def _not_ends(texts: Sequence[str], ends: set[int]) -> set[int]:
+def is_prefix_last(arch: str, name: str) -> bool:
+    """Whether a model infills best with the prefix behind the suffix: see above."""
+    return arch == "qwen2" and "instruct" in name.lower()
+
+
+def _not_ends(texts: Mapping[int, str], ends: set[int]) -> set[int]:
     """In formats with channels `<|end|>` closes a message, not the text."""
-    have = {texts[i]: i for i in ends}
+    have = {texts[i]: i for i in ends if i in texts}
     calls = "<|call|>" in have or "<|calls|>" in have
     if "<|end|>" in have and calls and ("<|return|>" in have or "<|flush|>" in have):
         return {have["<|end|>"]}
