@@ -20,13 +20,15 @@ static_assert(layout_of(WeightType::q4_0).zero_point == 8 &&
               layout_of(WeightType::q6_k).zero_point == 32);
 constexpr int kNumOffsets = 5;
 constexpr int offset_place(int bits) { return bits == 4 ? 0 : bits == 5 ? 1 : bits == 8 ? 2 : 3; }
-inline void write_offsets(std::int32_t* p, std::int32_t first_sum, std::int32_t second_sum) {
+// Array i of the offsets begins at p + i * stride.
+inline void write_offsets(std::int32_t* p, std::int64_t stride, std::int32_t first_sum,
+                          std::int32_t second_sum) {
   const std::int32_t sum = first_sum + second_sum;
   p[0] = -8 * sum;
-  p[1] = -16 * sum;
-  p[2] = -128 * sum;
-  p[3] = -32 * first_sum;
-  p[4] = -32 * second_sum;
+  p[stride] = -16 * sum;
+  p[2 * stride] = -128 * sum;
+  p[3 * stride] = -32 * first_sum;
+  p[4 * stride] = -32 * second_sum;
 }
 
 #if defined(FULLBEAM_ISA_avx512)
@@ -35,11 +37,12 @@ using I32 = __m512i;
 constexpr int kTokensPerTile = 8;
 
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
-// Whole numbers that int8 holds; returns their sum.
-inline std::int32_t store_i8(std::int8_t* p, F32 whole) {
-  const __m512i ints = _mm512_cvtps_epi32(whole);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(ints));
-  return _mm512_reduce_add_epi32(ints);
+// Rounded to the nearest whole number, which int8 holds; returns their sum.
+inline std::int32_t store_i8(std::int8_t* p, F32 a) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(-128)), _mm_setzero_si128());
+  return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums))) - 16 * 128;
 }
 inline F32 widen_u8(const std::uint8_t* p) {
   return _mm512_cvtepi32_ps(
@@ -105,12 +108,13 @@ inline void dot_step(I32& sum, __m512i values, const std::int8_t* x) {
 // added where the type has one scale for both. kOffset: whether the type has a zero point.
 template <int kBits, bool kHalves, bool kOffset, int kTokens>
 FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
-                              const std::int32_t* offsets, I32 (*sums)[kTokens][kParts]) {
+                              const std::int32_t* offsets, std::int64_t stride,
+                              I32 (*sums)[kTokens][kParts]) {
   for (int t = 0; t < kTokens; ++t) {
     // Broadcast from memory: from a general register it takes a turn of the ports that multiply.
-    const std::int32_t* offset = offsets + kNumOffsets * t + offset_place(kBits);
-    I32 first = kOffset ? _mm512_set1_epi32(offset[0]) : _mm512_setzero_si512();
-    I32 second = kHalves && kOffset ? _mm512_set1_epi32(offset[1]) : _mm512_setzero_si512();
+    const std::int32_t* offset = offsets + stride * offset_place(kBits) + t;
+    I32 first = kOffset ? _mm512_set1_epi32(*offset) : _mm512_setzero_si512();
+    I32 second = kHalves && kOffset ? _mm512_set1_epi32(offset[stride]) : _mm512_setzero_si512();
     const std::int8_t* xt = x + kTileCols * t;
     dot_step(first, tile.step[0], xt);
     dot_step(second, tile.step[4], xt + 16);
@@ -135,8 +139,8 @@ using I32 = __m256i;
 constexpr int kTokensPerTile = 4;
 
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
-inline std::int32_t store_i8(std::int8_t* p, F32 whole) {
-  const __m256i ints = _mm256_cvtps_epi32(whole);
+inline std::int32_t store_i8(std::int8_t* p, F32 a) {
+  const __m256i ints = _mm256_cvtps_epi32(a);
   const __m128i low = _mm256_castsi256_si128(ints), high = _mm256_extracti128_si256(ints, 1);
   const __m128i words = _mm_packs_epi32(low, high);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
@@ -209,7 +213,8 @@ inline __m256i broadcast4(const std::int8_t* x) {
 // * (x with the value's sign), a step at a time.
 template <int kBits, bool kHalves, bool kOffset, int kTokens>
 FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
-                              const std::int32_t* offsets, I32 (*sums)[kTokens][kParts]) {
+                              const std::int32_t* offsets, std::int64_t stride,
+                              I32 (*sums)[kTokens][kParts]) {
   const __m256i ones = _mm256_set1_epi16(1);
   constexpr int kRun = kBits == 4 ? (kHalves ? 4 : 8) : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
   I32 total[2][kTokens][2];
@@ -248,7 +253,7 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
   }
   for (int part = 0; part < (kHalves ? 2 : 1); ++part) {
     for (int t = 0; t < kTokens; ++t) {
-      const std::int32_t* place = offsets + kNumOffsets * t + offset_place(kBits) + part;
+      const std::int32_t* place = offsets + stride * (offset_place(kBits) + part) + t;
       constexpr bool kAdds = kOffset && kBits != 8;  // 8-bit values are signed here
       const __m256i offset = kAdds ? _mm256_set1_epi32(*place) : _mm256_setzero_si256();
       for (int half = 0; half < 2; ++half)
@@ -262,7 +267,8 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
 constexpr int kTokensPerTile = 2;
 
 inline F32 to_f32(I32 a) { return __builtin_convertvector(a, F32); }
-inline std::int32_t store_i8(std::int8_t* p, F32 whole) {
+inline std::int32_t store_i8(std::int8_t* p, F32 a) {
+  const F32 whole = round(a);
   std::int32_t sum = 0;
   for (int i = 0; i < kLanes; ++i) {
     p[i] = static_cast<std::int8_t>(whole[i]);
@@ -302,13 +308,14 @@ struct Tile {
 
 template <int kBits, bool kHalves, bool kOffset, int kTokens>
 FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
-                              const std::int32_t* offsets, I32 (*sums)[kTokens][kParts]) {
+                              const std::int32_t* offsets, std::int64_t stride,
+                              I32 (*sums)[kTokens][kParts]) {
   for (int t = 0; t < kTokens; ++t) {
-    const std::int32_t* offset = offsets + kNumOffsets * t + offset_place(kBits);
+    const std::int32_t* offset = offsets + stride * offset_place(kBits) + t;
     std::int32_t total[2][16];
     for (int part = 0; part < 2; ++part) {
       for (int row = 0; row < 16; ++row) {
-        std::int32_t sum = kOffset && (kHalves || part == 0) ? offset[part] : 0;
+        std::int32_t sum = kOffset && (kHalves || part == 0) ? offset[stride * part] : 0;
         for (int s = 4 * part; s < 4 * part + 4; ++s) {
           for (int i = 0; i < 4; ++i)
             sum += tile.step[s][4 * row + i] * x[kTileCols * t + 4 * s + i];

@@ -111,6 +111,7 @@ inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 round(F32 a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline bool has_nan(F32 a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 // 2^n for whole n in [-126, 127]
 inline F32 exp2_whole(F32 n) {
   return _mm512_castsi512_ps(
@@ -148,6 +149,7 @@ inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 round(F32 a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+inline bool has_nan(F32 a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
 inline F32 exp2_whole(F32 n) {
   return _mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
@@ -186,6 +188,7 @@ inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 // Adding and taking away 1.5 * 2^23 leaves the nearest whole number, for |a| < 2^22.
 inline F32 round(F32 a) { return (a + set1(12582912.0f)) - set1(12582912.0f); }
+inline bool has_nan(F32 a) { return a[0] != a[0] || a[1] != a[1] || a[2] != a[2] || a[3] != a[3]; }
 inline F32 exp2_whole(F32 n) {
   const I32 bits = (__builtin_convertvector(n, I32) + 127) << 23;
   F32 result;
