@@ -53,8 +53,9 @@ class Saved:
     expected: npt.NDArray[np.float64]  # logits of IDS
     own_error: float  # of transformers in float32
 
-    def open(self, kind: str) -> OpenModel:
-        opened = open_model({"folder": self.folder, "gguf": self.gguf}[kind], threads=1)
+    def open(self, kind: str, context: int | None = None) -> OpenModel:
+        path = {"folder": self.folder, "gguf": self.gguf}[kind]
+        opened = open_model(path, threads=1, context=context)
         opened.decoder.allocate_kv = functools.partial(FloatKv, opened.decoder.config)
         return opened
 
@@ -153,7 +154,7 @@ def test_greedy_and_beams_are_those_of_transformers(
     saved: Callable[[str], Saved], name: str, kind: str
 ) -> None:
     model = saved(name)
-    opened = model.open(kind)
+    opened = model.open(kind, context=64)
     engine = Engine(
         opened.decoder, opened.tokenizer, context=64, max_rows=16, page_size=8, num_pages=64
     )
