@@ -102,6 +102,20 @@ CASES = {
         },
         is_byte_level=False,
     ),
+    "codegemma": Family("Gemma", "gemma", {"head_dim": 32}, is_byte_level=False),
+    "gemma2": Family(
+        "Gemma2",
+        "gemma2",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 4.0,
+        },
+        is_byte_level=False,
+    ),
 }
 
 
@@ -226,6 +240,9 @@ def _add_shape(writer: Any, family: Family, config: Any) -> None:
             writer.add_layer_norm_eps(getattr(config, key))
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if getattr(config, "attn_logit_softcapping", None):
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
     rope = getattr(config, "rope_parameters", None)

@@ -42,6 +42,8 @@ FAMILIES = {
     "qwen2": Family(),
     "qwen3": Family(),
     "gemma3": replace(_GEMMA, window_pattern=6, local_rope_base=10000.0, wide_scale_layers=62),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, window_pattern=2, wide_scale_layers=46),
 }
 
 # What else activations are called.

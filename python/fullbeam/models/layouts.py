@@ -80,5 +80,7 @@ LAYOUTS: dict[str, Layout] = {
     "qwen2": replace(_LLAMA, arch="qwen2"),
     "qwen3": replace(_LLAMA, arch="qwen3"),
     "gemma3_text": replace(_LLAMA, arch="gemma3", layer=_GEMMA2_LAYER),
+    "gemma": replace(_LLAMA, arch="gemma", ignored_keys=("hidden_act", "hidden_activation")),
+    "gemma2": replace(_LLAMA, arch="gemma2", layer=_GEMMA2_LAYER),
 }
 """By config.json's model_type."""
