@@ -116,6 +116,7 @@ CASES = {
         },
         is_byte_level=False,
     ),
+    "starcoder2": Family("Starcoder2", "starcoder2", {"sliding_window": 8}),
 }
 
 

@@ -44,6 +44,7 @@ FAMILIES = {
     "gemma3": replace(_GEMMA, window_pattern=6, local_rope_base=10000.0, wide_scale_layers=62),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, window_pattern=2, wide_scale_layers=46),
+    "starcoder2": Family(activation="gelu_tanh", is_gated=False),
 }
 
 # What else activations are called.

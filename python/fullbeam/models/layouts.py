@@ -82,5 +82,10 @@ LAYOUTS: dict[str, Layout] = {
     "gemma3_text": replace(_LLAMA, arch="gemma3", layer=_GEMMA2_LAYER),
     "gemma": replace(_LLAMA, arch="gemma", ignored_keys=("hidden_act", "hidden_activation")),
     "gemma2": replace(_LLAMA, arch="gemma2", layer=_GEMMA2_LAYER),
+    "starcoder2": replace(
+        _LLAMA,
+        arch="starcoder2",
+        layer=_LLAMA.layer | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    ),
 }
 """By config.json's model_type."""
