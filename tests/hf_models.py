@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,23 @@ CASES = {
         is_byte_level=False,
     ),
     "starcoder2": Family("Starcoder2", "starcoder2", {"sliding_window": 8}),
+    "phi3": Family("Phi3", "phi3", {"sliding_window": 16}, is_byte_level=False),
+    "phi3-long": Family(
+        "Phi3",
+        "phi3",
+        {
+            "num_key_value_heads": 4,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                **ROPE,
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + idx / 8 for idx in range(6)],
+                "long_factor": [1.0 + idx for idx in range(6)],
+            },
+        },
+        is_byte_level=False,
+    ),
 }
 
 
@@ -255,7 +273,12 @@ def _add_shape(writer: Any, family: Family, config: Any) -> None:
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
-    if "original_max_position_embeddings" in rope and rope["rope_type"] != "llama3":
+    if rope["rope_type"] == "longrope":
+        ratio = config.max_position_embeddings / config.original_max_position_embeddings
+        log_original = math.log(config.original_max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(ratio) / log_original))
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    elif "original_max_position_embeddings" in rope and rope["rope_type"] != "llama3":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
@@ -267,7 +290,11 @@ def _rope_factors(config: Any) -> dict[str, Any]:
         plain = 1 / rope["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
         return {"rope_freqs.weight": (plain / scaled.numpy()).astype(np.float32)}
-    return {}
+    return {
+        f"rope_factors_{which}.weight": np.array(rope[f"{which}_factor"], np.float32)
+        for which in ("long", "short")
+        if f"{which}_factor" in rope
+    }
 
 
 def _gguf_values(family: Family, config: Any, key: str, values: Any) -> Any:

@@ -45,6 +45,7 @@ FAMILIES = {
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, window_pattern=2, wide_scale_layers=46),
     "starcoder2": Family(activation="gelu_tanh", is_gated=False),
+    "phi3": Family(),
 }
 
 # What else activations are called.

@@ -87,5 +87,10 @@ LAYOUTS: dict[str, Layout] = {
         arch="starcoder2",
         layer=_LLAMA.layer | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
     ),
+    "phi3": replace(
+        _LLAMA,
+        arch="phi3",
+        layer=_LLAMA.layer | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    ),
 }
 """By config.json's model_type."""
