@@ -135,6 +135,7 @@ CASES = {
         },
         is_byte_level=False,
     ),
+    "gpt2": Family("GPT2", "gpt2", sizes=_GPT2),
 }
 
 

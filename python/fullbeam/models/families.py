@@ -46,6 +46,7 @@ FAMILIES = {
     "gemma2": replace(_GEMMA, window_pattern=2, wide_scale_layers=46),
     "starcoder2": Family(activation="gelu_tanh", is_gated=False),
     "phi3": Family(),
+    "gpt2": Family(activation="gelu_tanh", is_gated=False),
 }
 
 # What else activations are called.

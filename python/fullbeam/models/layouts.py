@@ -92,5 +92,24 @@ LAYOUTS: dict[str, Layout] = {
         arch="phi3",
         layer=_LLAMA.layer | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     ),
+    "gpt2": Layout(
+        "gpt2",
+        whole={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        layer={
+            "attn_norm": "ln_1",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        },
+        layer_prefix="transformer.h.{}.",
+        is_transposed=True,
+    ),
 }
 """By config.json's model_type."""
