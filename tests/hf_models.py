@@ -136,6 +136,12 @@ CASES = {
         is_byte_level=False,
     ),
     "gpt2": Family("GPT2", "gpt2", sizes=_GPT2),
+    "pythia": Family(
+        "GPTNeoX", "gptneox", {"hidden_size": 128, "rotary_pct": 0.25}, sizes=_NO_GROUPS
+    ),
+    "gptneox-serial": Family(
+        "GPTNeoX", "gptneox", {"use_parallel_residual": False}, sizes=_NO_GROUPS
+    ),
 }
 
 
@@ -263,6 +269,8 @@ def _add_shape(writer: Any, family: Family, config: Any) -> None:
     if getattr(config, "attn_logit_softcapping", None):
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if family.arch == "gptneox":
+        writer.add_parallel_residual(config.use_parallel_residual)
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
     rope = getattr(config, "rope_parameters", None)

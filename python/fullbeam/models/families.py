@@ -47,6 +47,7 @@ FAMILIES = {
     "starcoder2": Family(activation="gelu_tanh", is_gated=False),
     "phi3": Family(),
     "gpt2": Family(activation="gelu_tanh", is_gated=False),
+    "gptneox": Family(activation="gelu", is_gated=False, is_parallel=True),
 }
 
 # What else activations are called.

@@ -111,5 +111,23 @@ LAYOUTS: dict[str, Layout] = {
         layer_prefix="transformer.h.{}.",
         is_transposed=True,
     ),
+    "gpt_neox": Layout(
+        "gptneox",
+        whole={
+            "token_embd": "gpt_neox.embed_in",
+            "output_norm": "gpt_neox.final_layer_norm",
+            "output": "embed_out",
+        },
+        layer={
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "attention.query_key_value",
+            "attn_output": "attention.dense",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        layer_prefix="gpt_neox.layers.{}.",
+        is_qkv_by_head=True,
+    ),
 }
 """By config.json's model_type."""
