@@ -73,6 +73,26 @@ class Check {
       fail(argument, contiguous ? "C-contiguous" : "contiguous in its last dimension",
            "strides that are not");
     }
+    if (first_argument_ == nullptr) {
+      first_argument_ = argument;
+      device_ = view.device;
+      device_idx_ = view.device_idx;
+    } else if (view.device != device_ || view.device_idx != device_idx_) {
+      fail(argument, "on the device of " + std::string(first_argument_),
+           device_text(view.device, view.device_idx) + " and " + device_text(device_, device_idx_));
+    }
+  }
+  // Activations: float32 on the CPU; on CUDA float16 and bfloat16 too, one dtype for all of a call.
+  void activation(const char* argument, const TensorView& view, std::initializer_list<Size> sizes) {
+    if (has_activation_) {
+      tensor(argument, view, sizes, {activation_dtype_}, false);
+    } else if (view.device == Device::cpu) {
+      tensor(argument, view, sizes, {DType::f32}, false);
+    } else {
+      tensor(argument, view, sizes, {DType::f32, DType::f16, DType::bf16}, false);
+    }
+    has_activation_ = true;
+    activation_dtype_ = view.dtype;
   }
   // The pages of a KV cache [num_pages, num_kv_heads, page_size, head_dim]: each page dense, any
   // distance between them.
@@ -112,6 +132,9 @@ class Check {
     }
     return true;
   }
+  static std::string device_text(Device device, int idx) {
+    return device == Device::cpu ? "cpu" : "cuda:" + std::to_string(idx);
+  }
   const std::int64_t* find(const char* name) const {
     for (const auto& [key, value] : bound_) {
       if (key == name) return &value;
@@ -121,6 +144,11 @@ class Check {
 
   const char* op_;
   std::vector<std::pair<std::string, std::int64_t>> bound_;
+  const char* first_argument_ = nullptr;
+  Device device_ = Device::cpu;
+  int device_idx_ = 0;
+  bool has_activation_ = false;
+  DType activation_dtype_ = DType::f32;
 };
 
 }  // namespace fullbeam

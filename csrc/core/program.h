@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/stream.h"
+
 namespace fullbeam {
 
 // A recorded sequence of ops: their checked parameter structs, by value. Running it again costs no
@@ -30,7 +32,10 @@ class Program {
 template <class Params>
 inline void launch(const Params& params, void (*backend)(const Params&)) {
   if (Program* program = Program::recording()) {
-    program->add([params, backend] { backend(params); });
+    program->add([params, backend, stream = current_stream()] {
+      current_stream() = stream;
+      backend(params);
+    });
   } else {
     backend(params);
   }

@@ -15,6 +15,7 @@ struct TensorView {
   void* data = nullptr;
   DType dtype = DType::f32;
   Device device = Device::cpu;
+  int device_idx = 0;
   bool is_writable = true;
   int num_dims = 0;
   std::array<std::int64_t, kMaxDims> shape{};

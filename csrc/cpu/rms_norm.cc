@@ -35,16 +35,19 @@ void norm_row(const RmsNormParams& p, const float* x, const float* residual, flo
 }  // namespace
 
 void rms_norm(const RmsNormParams& p) {
+  const auto* x = static_cast<const float*>(p.x);
+  const auto* residual = static_cast<const float*>(p.residual);
+  auto* out = static_cast<float*>(p.out);
   const std::int64_t num_rows = p.num_tokens * p.num_heads;
   const std::int64_t grain = 1 + 16384 / (p.size + 1);
   parallel_for(num_rows, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       const std::int64_t token = row / p.num_heads, head = row % p.num_heads;
-      norm_row(p, p.x + token * p.x_stride + head * p.x_head_stride,
-               p.residual == nullptr
+      norm_row(p, x + token * p.x_stride + head * p.x_head_stride,
+               residual == nullptr
                    ? nullptr
-                   : p.residual + token * p.residual_stride + head * p.residual_head_stride,
-               p.out + token * p.out_stride + head * p.out_head_stride);
+                   : residual + token * p.residual_stride + head * p.residual_head_stride,
+               out + token * p.out_stride + head * p.out_head_stride);
     }
   });
 }

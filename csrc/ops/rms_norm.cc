@@ -12,22 +12,23 @@ void rms_norm(const TensorView& x, const TensorView& weight,
               float weight_offset) {
   Check check("rms_norm");
   const TensorView x3 = as_heads(x), out3 = as_heads(out);
-  check.tensor("x", x3, {"num_tokens", "num_heads", "size"}, {DType::f32}, false);
+  check.activation("x", x3, {"num_tokens", "num_heads", "size"});
   check.tensor("weight", weight, {"size"}, {DType::f32});
-  check.tensor("out", out3, {"num_tokens", "num_heads", "size"}, {DType::f32}, false);
+  check.activation("out", out3, {"num_tokens", "num_heads", "size"});
   check.writable("out", out);
   check.require(eps >= 0, "eps", "at least 0", std::to_string(eps));
   RmsNormParams p{};
   if (residual) {
     const TensorView residual3 = as_heads(*residual);
-    check.tensor("residual", residual3, {"num_tokens", "num_heads", "size"}, {DType::f32}, false);
-    p.residual = static_cast<const float*>(residual->data);
+    check.activation("residual", residual3, {"num_tokens", "num_heads", "size"});
+    p.residual = residual->data;
     p.residual_stride = residual3.strides[0];
     p.residual_head_stride = residual3.strides[1];
   }
-  p.x = static_cast<const float*>(x.data);
+  p.x = x.data;
   p.weight = static_cast<const float*>(weight.data);
-  p.out = static_cast<float*>(out.data);
+  p.out = out.data;
+  p.dtype = x.dtype;
   p.eps = eps;
   p.weight_offset = weight_offset;
   p.num_tokens = check.size("num_tokens");
@@ -37,7 +38,7 @@ void rms_norm(const TensorView& x, const TensorView& weight,
   p.x_head_stride = x3.strides[1];
   p.out_stride = out3.strides[0];
   p.out_head_stride = out3.strides[1];
-  FULLBEAM_DISPATCH_CPU(rms_norm, x.device, p);
+  FULLBEAM_DISPATCH(rms_norm, x.device, p);
 }
 
 }  // namespace fullbeam::ops

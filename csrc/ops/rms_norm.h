@@ -8,10 +8,11 @@ namespace fullbeam {
 // `out` may be `x` or `residual`. Rows are addressed as [num_tokens, num_heads]: one norm per head
 // where num_heads > 1.
 struct RmsNormParams {
-  const float* x;         // [num_tokens, num_heads, size]
-  const float* weight;    // [size]
-  const float* residual;  // [num_tokens, num_heads, size] or nullptr
-  float* out;             // [num_tokens, num_heads, size]
+  const void* x;         // [num_tokens, num_heads, size], dtype
+  const float* weight;   // [size]
+  const void* residual;  // [num_tokens, num_heads, size], dtype, or nullptr
+  void* out;             // [num_tokens, num_heads, size], dtype
+  DType dtype;           // f32; on CUDA also f16 or bf16
   float eps, weight_offset;
   std::int64_t num_tokens, num_heads, size;
   std::int64_t x_stride, residual_stride, out_stride;                 // per token, in elements

@@ -73,8 +73,9 @@ PYBIND11_MODULE(_core, m) {
     }
   });
   using Release = py::call_guard<py::gil_scoped_release>;
+  using Op = py::call_guard<OpCall>;
 
-  py::class_<PackedWeight>(m, "PackedWeight")
+  py::class_<PackedWeight>(m, "PackedWeight", py::module_local())
       .def_property_readonly(
           "shape", [](const PackedWeight& w) { return py::make_tuple(w.rows(), w.cols()); })
       .def_property_readonly("num_bytes", &PackedWeight::num_bytes)
@@ -85,37 +86,36 @@ PYBIND11_MODULE(_core, m) {
       });
   m.def("pack_weight", &pack_weight, py::arg("parts"), py::arg("on_stretch").none(true));
 
-  m.def("embedding", &ops::embedding, Release(), py::arg("token_ids"), py::arg("table"),
+  m.def("embedding", &ops::embedding, Op(), py::arg("token_ids"), py::arg("table"),
         py::arg("residual").none(true), py::arg("out"), py::arg("scale"));
-  m.def("rms_norm", &ops::rms_norm, Release(), py::arg("x"), py::arg("weight"),
+  m.def("rms_norm", &ops::rms_norm, Op(), py::arg("x"), py::arg("weight"),
         py::arg("residual").none(true), py::arg("out"), py::arg("eps"), py::arg("weight_offset"));
-  m.def("layer_norm", &ops::layer_norm, Release(), py::arg("x"), py::arg("weight"), py::arg("bias"),
+  m.def("layer_norm", &ops::layer_norm, Op(), py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("out"), py::arg("eps"));
-  m.def("linear", &ops::linear, Release(), py::arg("x"), py::arg("weight"),
-        py::arg("bias").none(true), py::arg("residual").none(true), py::arg("out"));
-  m.def("rope", &ops::rope, Release(), py::arg("x"), py::arg("positions"), py::arg("inv_freq"),
+  m.def("linear", &ops::linear, Op(), py::arg("x"), py::arg("weight"), py::arg("bias").none(true),
+        py::arg("residual").none(true), py::arg("out"));
+  m.def("rope", &ops::rope, Op(), py::arg("x"), py::arg("positions"), py::arg("inv_freq"),
         py::arg("interleaved"), py::arg("scale"));
-  m.def("kv_write", &ops::kv_write, Release(), py::arg("k"), py::arg("v"), py::arg("k_pages"),
+  m.def("kv_write", &ops::kv_write, Op(), py::arg("k"), py::arg("v"), py::arg("k_pages"),
         py::arg("v_pages"), py::arg("slots"));
-  m.def("attention_prefill", &ops::attention_prefill, Release(), py::arg("q"), py::arg("k_pages"),
+  m.def("attention_prefill", &ops::attention_prefill, Op(), py::arg("q"), py::arg("k_pages"),
         py::arg("v_pages"), py::arg("page_table"), py::arg("seq_lens"), py::arg("query_starts"),
         py::arg("out"), py::arg("scale"), py::arg("window"), py::arg("softcap"));
-  m.def("attention_decode", &ops::attention_decode, Release(), py::arg("q"), py::arg("k_pages"),
+  m.def("attention_decode", &ops::attention_decode, Op(), py::arg("q"), py::arg("k_pages"),
         py::arg("v_pages"), py::arg("page_table"), py::arg("seq_lens"),
         py::arg("query_starts").none(true), py::arg("slot_starts").none(true),
         py::arg("num_slots").none(true), py::arg("visible").none(true),
         py::arg("slot_positions").none(true), py::arg("positions").none(true), py::arg("out"),
         py::arg("scale"), py::arg("window"), py::arg("softcap"));
-  m.def("gated_activation", &ops::gated_activation, Release(), py::arg("x"), py::arg("out"),
+  m.def("gated_activation", &ops::gated_activation, Op(), py::arg("x"), py::arg("out"),
         py::arg("activation"));
-  m.def("activation", &ops::activation, Release(), py::arg("x"), py::arg("out"),
-        py::arg("activation"));
-  m.def("softcap", &ops::softcap, Release(), py::arg("x"), py::arg("out"), py::arg("cap"));
-  m.def("logprobs", &ops::logprobs, Release(), py::arg("logits"), py::arg("token_ids"),
+  m.def("activation", &ops::activation, Op(), py::arg("x"), py::arg("out"), py::arg("activation"));
+  m.def("softcap", &ops::softcap, Op(), py::arg("x"), py::arg("out"), py::arg("cap"));
+  m.def("logprobs", &ops::logprobs, Op(), py::arg("logits"), py::arg("token_ids"),
         py::arg("out_logprobs"), py::arg("out_ranks"), py::arg("out_top_ids"),
         py::arg("out_top_logprobs"));
-  m.def("sample", &ops::sample, Release(), py::arg("logits"), py::arg("temperature"),
-        py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seeds"), py::arg("counters"),
+  m.def("sample", &ops::sample, Op(), py::arg("logits"), py::arg("temperature"), py::arg("top_k"),
+        py::arg("top_p"), py::arg("min_p"), py::arg("seeds"), py::arg("counters"),
         py::arg("allowed").none(true), py::arg("allowed_idx").none(true),
         py::arg("bias_starts").none(true), py::arg("bias_ids").none(true),
         py::arg("bias_values").none(true), py::arg("history_starts").none(true),
@@ -125,7 +125,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("out_token_ids"), py::arg("out_logprobs").none(true),
         py::arg("out_ranks").none(true), py::arg("out_top_ids").none(true),
         py::arg("out_top_logprobs").none(true), py::arg("out_log_sums").none(true));
-  m.def("beam_step", &ops::beam_step, Release(), py::arg("logits"), py::arg("beam_rows"),
+  m.def("beam_step", &ops::beam_step, Op(), py::arg("logits"), py::arg("beam_rows"),
         py::arg("sums"), py::arg("group_starts"), py::arg("request_starts"), py::arg("beam_sizes"),
         py::arg("diversity_strengths"), py::arg("allowed").none(true),
         py::arg("allowed_idx").none(true), py::arg("terminators").none(true),
@@ -137,7 +137,7 @@ PYBIND11_MODULE(_core, m) {
 
   // Recording: between start_recording and stop_recording this thread's ops are checked and kept
   // instead of run.
-  py::class_<Program>(m, "Program")
+  py::class_<Program>(m, "Program", py::module_local())
       .def("run", &Program::run, Release())
       .def("__len__", &Program::size);
   m.def("start_recording", [] {
@@ -159,5 +159,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("cpu_isa", [] { return std::string(name_of(isa())); });
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"));
   m.def("available_isas", &available_isas);
+  m.def("num_cuda_devices", &num_cuda_devices);
+  m.def("why_no_cuda_device", &why_no_cuda_device);
   m.def("build_info", &build_info);
 }

@@ -5,6 +5,8 @@
 #include <string>
 
 #include "core/check.h"
+#include "core/dispatch.h"
+#include "core/stream.h"
 
 namespace py = pybind11;
 
@@ -65,6 +67,13 @@ int code_of_kind(char kind) {
   }
 }
 
+// The device of the CUDA arrays that this thread has seen since its last op.
+struct CallDevice {
+  bool is_set, is_torch;
+  int idx;
+};
+thread_local CallDevice call_device{};
+
 void set_dims(TensorView& view, std::int64_t num_dims) {
   if (num_dims > TensorView::kMaxDims) {
     throw std::invalid_argument("array: dimensions must be at most 4, got " +
@@ -79,7 +88,7 @@ void from_numpy(py::handle source, TensorView& view) {
   if (dtype.byteorder() == '>')
     throw TypeError("array: byte order must be little-endian, got big-endian");
   view.dtype = parse_dtype(code_of_kind(dtype.kind()), static_cast<int>(dtype.itemsize()) * 8);
-  view.device = Device::cpu;
+  view.device = kHostDevice;
   view.is_writable = array.writeable();
   view.data = const_cast<void*>(array.data());
   set_dims(view, array.ndim());
@@ -94,7 +103,14 @@ void from_numpy(py::handle source, TensorView& view) {
 }
 
 void from_dlpack(py::handle source, TensorView& view, py::object& owner) {
-  const auto capsule = py::reinterpret_steal<py::object>(source.attr("__dlpack__")().release());
+  // The producer must not wait: CUDA ops go to its own current stream (torch's), or it has the
+  // default stream, number 1 of the protocol, wait for its work.
+  const bool is_cuda =
+      source.attr("__dlpack_device__")().cast<std::pair<int, int>>().first == kDlCuda;
+  const bool is_torch = is_cuda && py::hasattr(source, "is_cuda");
+  const py::object capsule = is_cuda
+                                 ? source.attr("__dlpack__")(py::arg("stream") = is_torch ? -1 : 1)
+                                 : source.attr("__dlpack__")();
   auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (managed == nullptr) throw py::error_already_set();
   const DlTensor& t = managed->tensor;
@@ -106,7 +122,9 @@ void from_dlpack(py::handle source, TensorView& view, py::object& owner) {
   if (t.dtype.lanes != 1)
     throw TypeError("array: dtype must have one lane, got " + std::to_string(t.dtype.lanes));
   view.dtype = parse_dtype(t.dtype.code, t.dtype.bits);
-  view.device = device == kDlCuda ? Device::cuda : Device::cpu;
+  view.device = device == kDlCuda ? Device::cuda : kHostDevice;
+  view.device_idx = device == kDlCuda ? t.device.id : 0;
+  if (is_cuda) call_device = {true, is_torch, t.device.id};
   view.is_writable = true;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   set_dims(view, t.num_dims);
@@ -131,6 +149,19 @@ void view_of(py::handle source, TensorView& view, py::object& owner) {
     throw TypeError("array: must be a numpy array or support __dlpack__, got " +
                     std::string(py::str(py::type::of(source).attr("__name__"))));
   }
+}
+
+bool set_current_stream() {
+  if (!call_device.is_set) return false;
+  void* handle = nullptr;
+  if (call_device.is_torch) {
+    static auto* ask = new py::object(
+        py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));  // never freed
+    handle = reinterpret_cast<void*>((*ask)(call_device.idx).cast<std::uintptr_t>());
+  }
+  current_stream() = {handle, call_device.idx};
+  call_device.is_set = false;
+  return true;
 }
 
 }  // namespace fullbeam

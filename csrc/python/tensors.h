@@ -13,6 +13,16 @@ namespace fullbeam {
 // array.
 void view_of(pybind11::handle array, TensorView& view, pybind11::object& owner);
 
+// Makes torch's current stream of the device that the call's arrays are on, or the default stream
+// for other arrays, this thread's current stream; false where no array is on a CUDA device.
+bool set_current_stream();
+
+// Guards an op's call, its arguments loaded: chooses the stream, then releases the interpreter.
+class OpCall {
+  bool is_on_stream_ = set_current_stream();
+  pybind11::gil_scoped_release release_;
+};
+
 }  // namespace fullbeam
 
 namespace pybind11::detail {

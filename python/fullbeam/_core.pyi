@@ -21,6 +21,7 @@ __all__: list[str] = [
     "layer_norm",
     "linear",
     "logprobs",
+    "num_cuda_devices",
     "num_physical_cores",
     "num_threads",
     "pack_weight",
@@ -32,6 +33,7 @@ __all__: list[str] = [
     "softcap",
     "start_recording",
     "stop_recording",
+    "why_no_cuda_device",
 ]
 
 class PackedWeight:
@@ -136,6 +138,7 @@ def logprobs(
     out_top_ids: typing.Any,
     out_top_logprobs: typing.Any,
 ) -> None: ...
+def num_cuda_devices() -> int: ...
 def num_physical_cores() -> int: ...
 def num_threads() -> int: ...
 def pack_weight(
@@ -199,3 +202,4 @@ def softcap(
 ) -> None: ...
 def start_recording() -> None: ...
 def stop_recording() -> Program: ...
+def why_no_cuda_device() -> str: ...

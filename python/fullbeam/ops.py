@@ -3,7 +3,9 @@
 
 Arrays are numpy arrays or anything with ``__dlpack__`` (torch, cupy, jax); nothing is copied.
 Results are new arrays of the first argument's kind unless ``out`` is given. Activations are
-float32, contiguous in their last dimension.
+contiguous in their last dimension, and float32; on CUDA all of a call's may be float16 or bfloat16
+instead. CUDA ops go to torch's current stream (the default stream for other arrays) and nothing
+waits for them.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ __all__ = [
 
 
 def _new(like: Array, shape: tuple[int, ...], dtype: str = "float32") -> Array:
+    """Of the kind of `like`, and on its device."""
     if isinstance(like, np.ndarray):
         return np.empty(shape, dtype)
     if hasattr(like, "new_empty"):  # torch
@@ -48,6 +51,11 @@ def _new(like: Array, shape: tuple[int, ...], dtype: str = "float32") -> Array:
 
         return like.new_empty(shape, dtype=getattr(torch, dtype))
     return np.empty(shape, dtype)
+
+
+def _new_activation(like: Array, shape: tuple[int, ...]) -> Array:
+    """Of the dtype of `like` too."""
+    return _new(like, shape, str(like.dtype).removeprefix("torch."))
 
 
 def pack_weight(
@@ -132,7 +140,7 @@ def rms_norm(
     float32, the shape of ``x``
     """
     if out is None:
-        out = _new(x, tuple(x.shape))
+        out = _new_activation(x, tuple(x.shape))
     _core.rms_norm(x, weight, residual, out, eps, weight_offset)
     return out
 
