@@ -91,6 +91,8 @@ class FakeKv:
 class FakeDecoder:
     """Checks every batch, keeps the sizes of all, fails on demand."""
 
+    row_cost = 0.1
+
     def __init__(self, context_len: int = 512) -> None:
         self.config = SimpleNamespace(vocab_size=VOCAB_SIZE, context_len=context_len)
         self.batches: list[tuple[int, int, int]] = []  # tokens, sequences, logit rows

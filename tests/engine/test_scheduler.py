@@ -29,6 +29,8 @@ def random_fields(draw: random.Random) -> dict[str, Any]:
     }
     if draw.random() < 0.5:
         fields["logprobs"] = draw.choice([0, 1, 4])
+    if draw.random() < 0.4:  # a text that repeats itself, so that drafts hold
+        fields["allowed_token_ids"] = draw.sample([1, 2, 3, 9, 20], 3)
     if draw.random() < 0.3:
         fields["stop"] = draw.sample(["ab", "é", "c", "dab", " a"], 2)
     return fields
@@ -73,15 +75,19 @@ def test_random_submit_step_cancel(seed: int) -> None:
         assert isinstance(harness.events[request][-1], RequestCancelled)
 
 
-def test_random_runs_meet_preemption_and_reuse() -> None:
+def test_random_runs_meet_preemption_reuse_and_drafts() -> None:
     """The run above is only worth its name if it gets there."""
     harness = Harness(num_pages=12, max_rows=8, context=64)
     for idx in range(6):
-        harness.submit([2, 3, 4, 5, 6], seed=idx, max_tokens=25, ignore_eos=True, logprobs=2)
+        fields = {"allowed_token_ids": (2, 3)} if idx % 2 else {}
+        harness.submit(
+            [2, 3, 4, 5, 6], seed=idx, max_tokens=25, ignore_eos=True, logprobs=2, **fields
+        )
     harness.run()
     stats = harness.engine.stats()
     assert stats.num_preemptions > 3
     assert stats.num_reused_tokens > 0
+    assert stats.num_drafted_tokens > stats.num_accepted_tokens > 0
     for request in harness.events:
         harness.verify(request)
 

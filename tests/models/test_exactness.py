@@ -23,6 +23,7 @@ from fullbeam.engine.text import Piece
 from fullbeam.model import Model
 from fullbeam.models import OpenModel, open_model
 from fullbeam.models.catalog import cache_folder, resolve
+from fullbeam.models.decoder import Decoder
 from fullbeam.params import CompletionParams
 from tiny_models import Tiny
 
@@ -180,6 +181,45 @@ def test_calls_from_threads_answer_as_each_alone(model: OpenModel) -> None:
     assert [[choice.token_ids for choice in choices] for choices in answers] == expected
 
 
+def repeating_requests(seed: int = 12) -> list[Request]:
+    """Texts that say their prompts again, as few tokens are left to them; a search beside them."""
+    rng = np.random.default_rng(seed)
+    stems = [rng.integers(0, 256, length).tolist() for length in (3, 5, 8)]
+    shapes: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "seed": 1, "n": 2},
+        {"temperature": 0.0, "frequency_penalty": 0.2, "repetition_penalty": 1.05},
+        {"temperature": 0.9, "seed": 2, "min_tokens": 30, "top_p": 0.9},
+        {"beam_size": 3, "n": 3},
+    ]
+    batch = []
+    for idx, fields in enumerate(shapes):
+        stem = stems[idx % 3]
+        wanted: dict[str, Any] = {"logit_bias": dict.fromkeys(stem, 40.0)} if idx % 2 else {}
+        if not wanted:
+            wanted = {"allowed_token_ids": stem}
+        params = CompletionParams(max_tokens=40, logprobs=4, ignore_eos=True, **wanted, **fields)
+        batch.append((stem * (40 // len(stem)), params))
+    return batch
+
+
+def test_drafts_change_nothing(isa: str, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_model(tiny_path, threads=1)
+    monkeypatch.setattr(Decoder, "row_cost", 0.02)  # so that all rows draft together
+    batch = repeating_requests()
+    expected = [complete(make_engine(model, draft_tokens=0), [request])[0] for request in batch]
+    for request, answer in zip(batch, expected, strict=True):
+        assert complete(make_engine(model), [request])[0] == answer
+    together = make_engine(model)
+    assert complete(together, batch) == expected
+    assert complete(together, batch[::-1])[::-1] == expected  # with prefix hits
+    short = make_engine(model, num_pages=CONTEXT // PAGE_SIZE + 8, token_budget=24)
+    assert complete(short, batch) == expected
+    assert short.stats().num_preemptions > 0
+    for engine in (together, short):
+        assert engine.stats().num_accepted_tokens > 10
+
+
 # ---- the real model
 
 
@@ -245,6 +285,36 @@ def test_gemma_with_a_prefix_hit() -> None:
     for _ in range(2):
         assert complete(engine, gemma_requests()[:4]) == expected[:4]
     assert engine.stats().num_reused_tokens >= 16
+
+
+EDIT = """def area(width, height):
+    if width < 0 or height < 0:
+        raise ValueError("negative")
+    return width * height
+
+
+# The same function, with `width` renamed to `depth`.
+
+def area(depth, height):
+"""
+
+
+def test_gemma_with_drafts() -> None:
+    encode = gemma().tokenizer.encode
+    fields: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.6, "seed": 2, "n": 2},
+        {"temperature": 0.0, "repetition_penalty": 1.02, "stop": ["height\n"]},
+        {"beam_size": 2, "n": 2},
+    ]
+    batch = [(encode(EDIT), CompletionParams(max_tokens=36, logprobs=3, **more)) for more in fields]
+    batch += gemma_requests()[:2]
+    expected = complete(make_engine(gemma(), context=256, draft_tokens=0), batch)
+    engine = make_engine(gemma(), context=256)
+    assert complete(engine, batch) == expected
+    assert complete(engine, batch[:1]) == expected[:1]
+    stats = engine.stats()
+    assert stats.num_drafted_tokens >= stats.num_accepted_tokens > 30
 
 
 def test_gemma_prompt_longer_than_its_window_in_chunks() -> None:

@@ -31,8 +31,8 @@ class Selector:
         logits
             float32 [num_logit_rows, vocab_size], in the same order: scored tokens, then the last.
         """
-        rows: list[Row] = []
-        sources: list[int] = []  # logit row that each row draws from
+        drawing: list[tuple[Row, list[int]]] = []  # with its draft: it draws at each place of it
+        sources: list[int] = []  # logit row of each draw
         scores: dict[Work, list[TokenLogprob]] = {}
         expanding: list[Work] = []
         search_rows: list[list[int]] = []
@@ -50,25 +50,30 @@ class Selector:
                 expanding.append(work)
                 last = [next_row] * len(work.search.live)  # all hypotheses start from the prompt
                 search_rows.append([*range(next_row, next_row + len(work.nodes))] or last)
-            rows += work.drawing
-            sources += [next_row] * len(work.drawing)
+            drawing += [(row, work.drafts) for row in work.drawing]
+            if work.drafts:
+                sources += range(next_row, next_row + work.num_draws)
+            else:
+                sources += [next_row] * len(work.drawing)
             next_row += work.num_draws
         chosen: dict[Work, Expansion] = {}
         if expanding:
             found = expand([work.search for work in expanding], search_rows, logits)
             pairs = zip(expanding, found, strict=True)
             chosen = {work: expansion for work, expansion in pairs if expansion is not None}
-        if not rows:
+        if not drawing:
             return Selection([], [], scores, chosen)
+        rows = [row for row, drafts in drawing for _ in range(1 + len(drafts))]
         if self._draws is None or rows != self._draws.rows:
             self._draws = Draws(rows, logits.shape[1])
-        return Selection(*self._draws.draw(_take(logits, sources)), scores, chosen)
+        return Selection(*self._draws.draw(_take(logits, sources), drawing), scores, chosen)
 
 
 class Draws:
     """Draws the tokens of some rows, each with its own parameters, whatever else is in the batch.
 
-    What stays the same while these rows decode together is laid out once.
+    What stays the same while these rows decode together is laid out once. A row with a draft is
+    there once more for each token of it.
     """
 
     def __init__(self, rows: list[Row], vocab_size: int) -> None:
@@ -97,17 +102,27 @@ class Draws:
             for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
                 self._options[name] = np.array([getattr(p, name) for p in params], np.float32)
 
-    def draw(self, logits: FloatArray) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Return each row's token, -1 where there is none to draw, and its log-probabilities."""
+    def draw(
+        self, logits: FloatArray, drawing: list[tuple[Row, list[int]]]
+    ) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Return each row's token, -1 where there is none to draw, and its log-probabilities.
+
+        `drawing` has each row once, with its draft: every place is drawn at as if those before it
+        held.
+        """
         from fullbeam import ops
 
         rows = self.rows
         options = self._options
-        self._counters[:, 2] = [row.num_tokens for row in rows]
+        self._counters[:, 2] = [
+            row.num_tokens + place for row, drafts in drawing for place in range(1 + len(drafts))
+        ]
         if self._has_rules:
-            options |= self._masks.options([row.allowed for row in rows])
+            masks = [mask for row, drafts in drawing for mask in row.masks(drafts)]
+            options |= self._masks.options(masks)
         if self._has_history:
-            options |= history_options([row.history for row in rows])
+            histories = [item for row, drafts in drawing for item in row.histories(drafts)]
+            options |= history_options(histories)
         drawn = ops.sample(logits, **options)
         token_ids: list[int] = drawn.token_ids.tolist()
         if "num_top" not in options:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fullbeam.engine.batch import Int32Array
 from fullbeam.engine.decoder import Selector
+from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
 from fullbeam.engine.pages import PagePool
 from fullbeam.engine.prompt import encode_infill, encode_prompt, heal
 from fullbeam.engine.rules import Rules, TokenIndex
@@ -56,6 +57,8 @@ class EngineStats:
     num_computed_tokens: int
     num_reused_tokens: int  # prompt tokens spared by prefix reuse
     num_generated_tokens: int
+    num_drafted_tokens: int  # guessed and computed ahead
+    num_accepted_tokens: int  # of those: that held, each sparing its row a step
     num_preemptions: int
     num_prompt_tokens: int  # of all prompts that were queued
     num_cancelled: int  # prompts that were cancelled before they were done
@@ -78,6 +81,9 @@ class Engine:
         Most tokens computed in a step, at least `max_rows`: prompts are cut into chunks.
     max_scored_tokens
         Most prompt tokens in a step whose logits are kept to be scored.
+    draft_tokens
+        Most tokens of a row that a step computes ahead, as guessed from what its prompt and text
+        repeat; 0: none. Answers don't change; fewer are guessed, or none, where it would not pay.
 
     Notes
     -----
@@ -96,6 +102,7 @@ class Engine:
         page_size: int = 16,
         token_budget: int = 512,
         max_scored_tokens: int = 64,
+        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
     ) -> None:
         context = decoder.config.context_len if context is None else context
         _at_least("context", context, 1)
@@ -103,6 +110,7 @@ class Engine:
         _at_least("page_size", page_size, 1)
         _at_least("token_budget", token_budget, max_rows)
         _at_least("max_scored_tokens", max_scored_tokens, 1)
+        _at_least("draft_tokens", draft_tokens, 0)
         max_pages_per_seq = -(-context // page_size)
         num_pages = max_rows * max_pages_per_seq if num_pages is None else num_pages
         _at_least("num_pages", num_pages, 1)
@@ -121,6 +129,8 @@ class Engine:
             max_rows=max_rows,
             token_budget=token_budget,
             max_scored_tokens=max_scored_tokens,
+            draft_tokens=draft_tokens,
+            row_cost=decoder.row_cost,
         )
         self._runner = Runner(
             decoder,
@@ -135,7 +145,6 @@ class Engine:
         self._lock = threading.Lock()  # held while the state below the inbox changes
         self._is_closed = False
         self._num_computed_tokens = 0
-        self._num_generated_tokens = 0
         self._num_prompt_tokens = 0
         self._num_cancelled = 0
 
@@ -287,7 +296,9 @@ class Engine:
             num_cached_pages=pool.num_cached,
             num_computed_tokens=self._num_computed_tokens,
             num_reused_tokens=scheduler.num_reused_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_generated_tokens=scheduler.num_generated_tokens,
+            num_drafted_tokens=scheduler.num_drafted_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cancelled=self._num_cancelled,
@@ -460,11 +471,14 @@ class Engine:
             self._fail_all([work.sequence for work in works], cause)
             return
         now = time.monotonic()
-        for request in {work.sequence.request for work in works if work.num_draws}:
-            request.note_tokens(now)
+        most: dict[Request, int] = {}
+        for work in works:
+            request = work.sequence.request
+            most[request] = max(most.get(request, 0), work.num_taken)
+        for request, count in most.items():
+            if count:
+                request.note_tokens(now, count)
         self._num_computed_tokens += sum(work.count for work in works)
-        self._num_generated_tokens += len(selection.token_ids)
-        self._num_generated_tokens += sum(map(len, selection.chosen.values()))
         for sequence in failed:
             reason = "all are banned, or the model gave no finite logit"
             error = RuntimeError(f"engine: no token can follow: {reason}")

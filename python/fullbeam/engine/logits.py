@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -38,6 +39,15 @@ class History:
         place = self._places.setdefault(token_id, len(self._places))
         self._ids[place] = token_id
         self._counts[place] += 1
+
+    def followed_by(self, token_id: int) -> History:
+        """Return a history with one more token, and leave this one as it is."""
+        history = copy.copy(self)
+        history._places = self._places.copy()
+        history._ids = self._ids.copy()
+        history._counts = self._counts.copy()
+        history.add(token_id)
+        return history
 
 
 class MaskStack:

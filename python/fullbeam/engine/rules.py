@@ -327,6 +327,11 @@ class _Pattern:
         return size + (self.data[size] == byte)
 
 
+def has_token(mask: Mask | None, token_id: int) -> bool:
+    """Return whether a set of tokens, None for all of them, has this one."""
+    return mask is None or bool(mask[token_id // 32] >> np.uint32(token_id % 32) & np.uint32(1))
+
+
 def _bits(data: bytes) -> int:
     """What characters there are: bits WORD and OTHER."""
     bits = 0

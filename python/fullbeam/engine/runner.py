@@ -41,6 +41,10 @@ class Decoder(Protocol):
     def config(self) -> ModelConfig:
         """Shape of the model."""
 
+    @property
+    def row_cost(self) -> float:
+        """What one more token adds to a step of few, as a share of a step of one."""
+
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
 

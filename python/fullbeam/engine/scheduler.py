@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fullbeam.engine.batch import Int32Array
+from fullbeam.engine.drafts import Allowance
 from fullbeam.engine.pages import PagePool, PageTable
 from fullbeam.engine.search import Expansion, Node, Search
 from fullbeam.engine.sequence import Row, Sequence
@@ -29,6 +30,8 @@ class Work:
     score_stop: int = 0
     nodes: list[Node] = field(default_factory=list)  # of a search: one token for each
     expands: bool = False  # the search chooses its next tokens from the logits
+    drafts: list[int] = field(default_factory=list)  # the last tokens: guessed, to be drawn at
+    num_taken: int = 0  # tokens that came of it, of the row that got most; set by commit
 
     @property
     def search(self) -> Search:
@@ -41,14 +44,14 @@ class Work:
         """Rows of logits that tokens are drawn or chosen from."""
         if self.expands:
             return max(1, len(self.nodes))
-        return 1 if self.drawing else 0
+        return 1 + len(self.drafts) if self.drawing else 0
 
 
 @dataclass(eq=False, slots=True)
 class Selection:
     """What came of a step's logits."""
 
-    token_ids: list[int]  # of the drawing rows, in the order of the work; -1 without finite logit
+    token_ids: list[int]  # draws in the order of the work, of drafts too; -1: no finite logit
     entries: list[TokenLogprob | None]  # likewise
     scores: dict[Work, list[TokenLogprob]]
     chosen: dict[Work, Expansion] = field(default_factory=dict)  # of the searches that expand
@@ -70,25 +73,36 @@ class Scheduler:
         max_rows: int,
         token_budget: int,
         max_scored_tokens: int,
+        draft_tokens: int,
+        row_cost: float,
     ) -> None:
         self.pool = pool
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
         self.num_reused_tokens = 0
+        self.num_generated_tokens = 0
+        self.num_drafted_tokens = 0
+        self.num_accepted_tokens = 0
         self._copy_page = copy_page
         self._max_pages_per_seq = max_pages_per_seq
         self._max_rows = max_rows
         self._token_budget = token_budget
         self._max_scored_tokens = max_scored_tokens
+        self.draft_tokens = draft_tokens
+        self._row_cost = row_cost
         self._tokens_left = 0
         self._scores_left = 0
+        self._num_decoding = 0
+        self._allowance = Allowance(0, row_cost)
 
     def plan(self) -> list[Work]:
         """Choose this step's work and reserve its pages; single tokens come first."""
         decoding = sum(sequence.num_pending for sequence in self.running)
         self._tokens_left = self._token_budget - decoding
         self._scores_left = self._max_scored_tokens
+        self._num_decoding = decoding
+        self._allowance = Allowance(decoding, self._row_cost)
         num_preemptions = self.num_preemptions
         works: list[Work] = []
         idx = 0
@@ -129,19 +143,22 @@ class Scheduler:
         next_draw = 0
         for work in works:
             sequence = work.sequence
-            if not work.nodes:
-                work.table.commit(work.ids, work.count)
-            elif isinstance(sequence, Search):
-                sequence.num_computed_levels += 1
-            sequence.scores.extend(selection.scores.get(work, ()))
             for row in work.drawing:
-                token_id = selection.token_ids[next_draw]
-                if token_id < 0:
+                draws = slice(next_draw, next_draw + 1 + len(work.drafts))
+                num_taken = row.take(
+                    selection.token_ids[draws], selection.entries[draws], work.drafts
+                )
+                if num_taken == 0:
                     failed.append(sequence)
-                else:
-                    row.append(token_id, selection.entries[next_draw])
-                next_draw += 1
+                self.num_generated_tokens += num_taken
+                work.num_taken = max(work.num_taken, num_taken)
+                next_draw = draws.stop
             changed += work.drawing
+            if isinstance(sequence, Search) and work.nodes:
+                sequence.num_computed_levels += 1
+            else:
+                work.table.commit(work.ids, work.count - self._num_rejected(work))
+            sequence.scores.extend(selection.scores.get(work, ()))
             if work.table is sequence.trunk and work.table.num_tokens == sequence.num_trunk_tokens:
                 if sequence.request.max_tokens == 0:  # scored, nothing to generate
                     sequence.finish_without_token()
@@ -154,6 +171,8 @@ class Scheduler:
                     failed.append(sequence)
                 else:
                     sequence.advance(expansion)
+                    self.num_generated_tokens += len(expansion)
+                    work.num_taken = 1
             for row in work.drawing:
                 if row.finish_reason is not None and row.table is not None:
                     row.table.release()
@@ -163,6 +182,16 @@ class Scheduler:
         for sequence in done:
             self.remove(sequence)
         return changed, done, failed
+
+    def _num_rejected(self, work: Work) -> int:
+        """Return how many drafted tokens did not hold, and learn from it."""
+        if work.row is None or not work.drafts:
+            return 0
+        num_drafted, num_held = len(work.drafts), max(0, work.num_taken - 1)
+        self.num_drafted_tokens += num_drafted
+        self.num_accepted_tokens += num_held
+        work.row.drafter.note(num_drafted, num_held)
+        return num_drafted - num_held
 
     def _plan_prompt(self, sequence: Sequence, trunk: PageTable, works: list[Work]) -> None:
         start = trunk.num_tokens
@@ -232,7 +261,26 @@ class Scheduler:
             if pending > 1:
                 self._tokens_left -= count
             drawing = [row] if count == pending else []
-            works.append(Work(sequence, row, table, row.ids, start, count, drawing))
+            drafts = self._draft(row, table) if pending == 1 else []
+            count += len(drafts)
+            works.append(Work(sequence, row, table, row.ids, start, count, drawing, drafts=drafts))
+
+    def _draft(self, row: Row, table: PageTable) -> list[int]:
+        """Guess a row's next tokens, if they are worth it and room for them is free."""
+        # The last token that is asked for is drawn behind the draft.
+        most = min(self.draft_tokens, self._tokens_left, len(row.ids) - row.num_tokens - 1)
+        if most <= 0 or self._allowance.is_spent:
+            return []
+        if not row.drafter.look(row.ids, row.num_tokens):
+            return []
+        count = self._allowance.take(row.drafter.share, most)
+        # Pages that another row may need to go on are not taken for a guess.
+        if count == 0 or self.pool.num_available < self._num_decoding + count:
+            return []
+        reserved = table.reserve(1 + count, self._copy_page)
+        assert reserved
+        self._tokens_left -= count
+        return row.drafter.draft(row.ids, row.num_tokens, count)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fullbeam.engine.batch import Int32Array
+from fullbeam.engine.drafts import Drafter, index_prompt
 from fullbeam.engine.logits import History
 from fullbeam.engine.pages import PageTable, prompt_keys
-from fullbeam.engine.rules import Mask, Rules, State
+from fullbeam.engine.rules import Mask, Rules, State, has_token
 from fullbeam.engine.text import (
     Logprobs,
     Piece,
@@ -66,7 +67,7 @@ class Request:
     submitted_at: float = field(default_factory=time.monotonic)  # in seconds, as are the next
     first_token_at: float | None = None
     last_token_at: float = 0.0
-    num_token_steps: int = 0  # steps that gave tokens: one each to all rows that were running
+    num_token_places: int = 0  # in each step, the tokens of the row that got most
     _text: str | None = None
     _offsets: list[int] | None = None
     _ranked: list[dict[int, RankedLogprob] | None] | None = None
@@ -81,19 +82,19 @@ class Request:
         """Tokens generated so far, for all choices and candidates."""
         return sum(sequence.num_generated for sequence in self.sequences)
 
-    def note_tokens(self, now: float) -> None:
-        """Take note of a step that gave tokens."""
+    def note_tokens(self, now: float, count: int) -> None:
+        """Take note of a step that gave tokens, `count` of them to the row that got most."""
         if self.first_token_at is None:
             self.first_token_at = now
         self.last_token_at = now
-        self.num_token_steps += 1
+        self.num_token_places += count
 
     @property
     def token_interval_s(self) -> float | None:
         """Mean time from one token to the next; None before the second one."""
-        if self.first_token_at is None or self.num_token_steps < 2:
+        if self.first_token_at is None or self.num_token_places < 2:
             return None
-        return (self.last_token_at - self.first_token_at) / (self.num_token_steps - 1)
+        return (self.last_token_at - self.first_token_at) / (self.num_token_places - 1)
 
     @property
     def healed(self) -> bytes:
@@ -187,6 +188,7 @@ class Row:
         if params.has_penalty:
             self.history = History(request.prompt_ids, request.max_tokens)
         self.state: State | None = None if request.rules is None else request.rules.start()
+        self._drafter: Drafter | None = None
         self._keeps_stop = params.include_stop_str_in_output
         self._text = TextStream(
             params.stop_strings, keep_stop=self._keeps_stop, num_given=len(params.prefix)
@@ -204,12 +206,49 @@ class Row:
         return self.num_tokens - self.sequence.request.num_prompt_tokens
 
     @property
-    def allowed(self) -> Mask | None:
-        """The tokens that may come next; None: all."""
-        rules = self.sequence.request.rules
-        if rules is None or self.state is None:
-            return None
-        return rules.allowed(self.state, self.num_generated)
+    def drafter(self) -> Drafter:
+        """Guesses the row's next tokens."""
+        if self._drafter is None:
+            num_prompt = self.sequence.request.num_prompt_tokens
+            self._drafter = Drafter(self.sequence.prompt_places, num_prompt)
+        return self._drafter
+
+    def masks(self, drafts: list[int]) -> list[Mask | None]:
+        """The tokens that may come next, and those after each token of a draft; None: all."""
+        rules, state = self.sequence.request.rules, self.state
+        if rules is None or state is None:
+            return [None] * (1 + len(drafts))
+        masks = [rules.allowed(state, self.num_generated)]
+        for num_ahead, token_id in enumerate(drafts, 1):
+            if not has_token(masks[-1], token_id):  # nothing is taken from behind it
+                return masks + [None] * (1 + len(drafts) - len(masks))
+            state = rules.advance(state, token_id)
+            masks.append(rules.allowed(state, self.num_generated + num_ahead))
+        return masks
+
+    def histories(self, drafts: list[int]) -> list[History | None]:
+        """The tokens so far, and those with each token of a draft; None without a penalty."""
+        history = self.history
+        if history is None:
+            return [None] * (1 + len(drafts))
+        histories = [history]
+        for token_id in drafts:
+            histories.append(histories[-1].followed_by(token_id))
+        return [*histories]
+
+    def take(
+        self, token_ids: list[int], entries: list[TokenLogprob | None], drafts: list[int]
+    ) -> int:
+        """Append the tokens drawn at the row's end and at each place of a draft, as far as the
+        draft holds and the row goes on; return how many, 0 where the first could not be drawn."""
+        for place, token_id in enumerate(token_ids):
+            if token_id < 0:
+                return place
+            self.append(token_id, entries[place])
+            is_held = place < len(drafts) and token_id == drafts[place]
+            if self.finish_reason is not None or not is_held:
+                return place + 1
+        return len(token_ids)
 
     def append(self, token_id: int, entry: TokenLogprob | None) -> None:
         """Take a generated token; sets `finish_reason` when it is the last."""
@@ -322,6 +361,7 @@ class Sequence:
         self.has_tokens = False  # the first tokens have been drawn
         self.scores: list[TokenLogprob] = []  # of prompt tokens 1, 2, ...
         self._keys: list[bytes] | None = None
+        self._prompt_places: dict[int, int] | None = None
         num_prompt = request.num_prompt_tokens
         if request.max_tokens > 0:
             self.num_trunk_tokens = num_prompt
@@ -401,6 +441,13 @@ class Sequence:
         if self._keys is None:
             self._keys = prompt_keys(self.request.prompt_ids, page_size)
         return self._keys
+
+    @property
+    def prompt_places(self) -> dict[int, int]:
+        """Where the tokens of the prompt came last, for the drafts of the rows."""
+        if self._prompt_places is None:
+            self._prompt_places = index_prompt(self.request.prompt_ids)
+        return self._prompt_places
 
     def held_pages(self) -> list[int]:
         """Every page that the sequence holds, once for each reference."""
