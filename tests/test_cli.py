@@ -204,10 +204,13 @@ def test_options_of_a_search_reach_the_parameters(run: Run, model: FakeModel, na
     assert model.calls[0][1] == CompletionParams(**fields)
 
 
-@pytest.mark.parametrize(("option", "value"), [("threads", 2), ("context", 64), ("device", "cpu")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("threads", 2), ("context", 64), ("device", "cpu"), ("draft-tokens", 0), ("draft-tokens", 3)],
+)
 def test_options_reach_the_loader(run: Run, model: FakeModel, option: str, value: Any) -> None:
     assert run("complete", "one", f"--{option}", str(value)).exit_code == 0
-    assert model.loaded[option] == value
+    assert model.loaded[option.replace("-", "_")] == value
 
 
 @pytest.mark.parametrize("words", [["--n", "2"], ["--best-of", "3", "--n", "2"]])
@@ -333,12 +336,14 @@ def test_serve_passes_its_options_on(
 
     monkeypatch.setattr(app, "serve", serve)
     words = ["--host", "::1", "--port", "0", "--max-rows", "4", "--threads", "1", "--context", "9"]
+    words += ["--draft-tokens", "5"]
     keys = ["--api-key", "a", "--api-key", "b"]
     assert run("serve", "x/my.gguf", *words, *keys).exit_code == 0
     assert (served["host"], served["port"]) == ("::1", 0)
     assert served["settings"].name == "my"
     assert served["settings"].api_keys == ("a", "b")
     expected = {"model": "x/my.gguf", "device": "auto", "max_rows": 4, "threads": 1, "context": 9}
+    expected["draft_tokens"] = 5
     assert expected.items() <= model.loaded.items()
     assert run("serve", env={"FULLBEAM_API_KEY": "c d"}).exit_code == 0
     assert served["settings"].api_keys == ("c", "d")

@@ -297,15 +297,22 @@ def test_load_puts_the_parts_together(monkeypatch: pytest.MonkeyPatch, tmp_path:
     opened = SimpleNamespace(
         name="fake", decoder=fake_model.FakeDecoder(512), tokenizer=fake_model.FakeTokenizer()
     )
-    models = SimpleNamespace(open_model=lambda path, *, threads, progress: opened)
+    models = SimpleNamespace(open_model=lambda path, *, threads, context, progress: opened)
     catalog = SimpleNamespace(resolve=lambda model, *, progress=None: tmp_path)
     monkeypatch.setitem(sys.modules, "fullbeam.models", models)
     monkeypatch.setitem(sys.modules, "fullbeam.models.catalog", catalog)
-    with load("fake", context=100, max_rows=3) as model:
+    with load("fake", context=100, max_rows=3, draft_tokens=0) as model:
         assert (model.name, model.context, model.engine.max_rows) == ("fake", 100, 3)
+        model.complete("ab" * 9, max_tokens=20, temperature=0, logit_bias={2: 9})
+        assert model.engine.stats().num_drafted_tokens == 0
+    with load("fake", context=100) as model:
+        model.complete("ab" * 9, max_tokens=20, temperature=0, logit_bias={2: 9})
+        assert model.engine.stats().num_accepted_tokens > 9
         assert model.complete("ab", max_tokens=3).choices
     with pytest.raises(ValueError, match="context must be at most 512, got 513"):
         load("fake", context=513)
+    with pytest.raises(ValueError, match="draft_tokens must be at least 0, got -1"):
+        load("fake", draft_tokens=-1)
 
 
 def test_load_refuses_devices() -> None:

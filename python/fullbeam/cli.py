@@ -80,6 +80,11 @@ def _model_options(command: F) -> F:
     """Add the options that say how a model is loaded."""
     for option in (
         click.option("--context", type=int, help="Most tokens of prompt and completion together."),
+        click.option(
+            "--draft-tokens",
+            type=click.IntRange(0),
+            help="Most tokens computed ahead where a text repeats itself; 0: none; default: 15.",
+        ),
         click.option("--threads", type=int, help="Threads to compute with; default: the cores."),
         click.option(
             "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Backend."
@@ -139,6 +144,7 @@ def complete(
     device: str,
     threads: int | None,
     context: int | None,
+    draft_tokens: int | None,
     **given: Any,
 ) -> None:
     """Complete PROMPT and show the text as it comes.
@@ -154,7 +160,8 @@ def complete(
     params = CompletionParams(**fields)
     name = words[0] if len(words) == 2 else None
     prompt = sys.stdin.read() if words[-1] == "-" else words[-1]
-    with _loaded(name, device=device, threads=threads, context=context) as model:
+    options = {"threads": threads, "context": context, "draft_tokens": draft_tokens}
+    with _loaded(name, device=device, **options) as model:
         if params.max_tokens is None and params.mode is None:
             room = _room(model, prompt, params)
             params = dataclasses.replace(params, max_tokens=max(1, min(MAX_TOKENS, room)))
@@ -266,6 +273,7 @@ def serve(
     device: str,
     threads: int | None,
     context: int | None,
+    draft_tokens: int | None,
 ) -> None:
     """Serve MODEL over HTTP.
 
@@ -281,7 +289,14 @@ def serve(
     name = model_name(model)
 
     def load() -> Model:
-        loaded = _load(model, device=device, threads=threads, context=context, max_rows=max_rows)
+        loaded = _load(
+            model,
+            device=device,
+            threads=threads,
+            context=context,
+            max_rows=max_rows,
+            draft_tokens=draft_tokens,
+        )
         click.echo(f"fullbeam: {name} is ready", err=True)
         return loaded
 

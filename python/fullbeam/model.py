@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
 from fullbeam.engine.memory import PAGE_SIZE, available_bytes, plan_kv
@@ -31,6 +32,7 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     max_rows: int | None = None,
+    draft_tokens: int | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> Model:
     """Load a model.
@@ -48,6 +50,9 @@ def load(
         4096 and what memory holds.
     max_rows
         Most choices decoded at once, 16 unless given.
+    draft_tokens
+        Most tokens of a choice that a step computes ahead, where its text repeats itself or the
+        prompt; 0: none; None: 15. Answers are the same, only sooner.
     progress
         Called with a share in 0..1 and what is being done.
 
@@ -83,6 +88,7 @@ def load(
         num_pages=plan.num_pages,
         page_size=PAGE_SIZE,
         token_budget=max(512, plan.max_rows),
+        draft_tokens=DEFAULT_DRAFT_TOKENS if draft_tokens is None else draft_tokens,
     )
     return Model(engine, name=opened.name, path=path)
 

@@ -88,6 +88,17 @@ def test_tokens_and_times(web: httpx.Client) -> None:
     assert later["fullbeam_time_to_first_token_seconds_sum"] < 5
 
 
+def test_drafted_and_accepted_tokens(web: httpx.Client) -> None:
+    assert scrape(web)["fullbeam_drafted_tokens_total"] == 0
+    body = BODY | {"max_tokens": 40, "temperature": 0, "logit_bias": {"2": 9, "3": 8}}
+    web.post("/v1/completions", json=body)
+    values = scrape(web)
+    assert values["fullbeam_generated_tokens_total"] == 40
+    assert values["fullbeam_computed_tokens_total"] > 44
+    drafted = values["fullbeam_drafted_tokens_total"]
+    assert drafted >= values["fullbeam_accepted_tokens_total"] > 10
+
+
 def test_scoring_has_no_first_token(web: httpx.Client) -> None:
     web.post("/v1/completions", json=BODY | {"max_tokens": 0, "echo": True, "logprobs": 1})
     assert scrape(web)["fullbeam_time_to_first_token_seconds_count"] == 0

@@ -99,6 +99,8 @@ class _EngineCollector(Collector):
         counters = {
             "prompt_tokens": ("Tokens of prompts.", stats.num_prompt_tokens),
             "generated_tokens": ("Tokens generated.", stats.num_generated_tokens),
+            "drafted_tokens": ("Tokens guessed and computed ahead.", stats.num_drafted_tokens),
+            "accepted_tokens": ("Of those, the ones that held.", stats.num_accepted_tokens),
             "computed_tokens": ("Tokens sent through the model.", stats.num_computed_tokens),
             "reused_tokens": ("Tokens spared by prefix reuse.", stats.num_reused_tokens),
             "cancelled_prompts": ("Prompts cancelled before their end.", stats.num_cancelled),
