@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import harness, infill, peers, quality, search, server, soak
+from benchmarks import drafts, harness, infill, peers, quality, search, server, soak
 from fullbeam import _core
 
 
@@ -76,6 +76,7 @@ def main() -> int:
     suites.add_parser("server", help="`fullbeam serve` beside llama.cpp's server")
     suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
     suites.add_parser("search", help="what beam search costs beside drawing as many rows")
+    suites.add_parser("drafts", help="tokens per second with and without drafts")
     suites.add_parser("infill", help="lines restored with and without the text after them")
     suites.add_parser("soak", help="clients that come and go: does anything stay behind?")
     modules = {
@@ -83,6 +84,7 @@ def main() -> int:
         "server": server,
         "quality": quality,
         "search": search,
+        "drafts": drafts,
         "infill": infill,
         "soak": soak,
     }
