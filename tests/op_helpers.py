@@ -10,20 +10,41 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from fullbeam import _core
 
 Array = npt.NDArray[Any]
 
 
-def assert_accurate(actual: Array, oracle: Array, naive: Array) -> None:
-    """The error against float64 is at most 4 times that of a naive float32 run, plus 2 ulp."""
-    assert actual.dtype == np.float32
-    assert actual.shape == oracle.shape
+# Half a unit in the last place, relative.
+ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# What activations may be on CUDA, besides what the CPU takes.
+HALF_DTYPES = ["float16", "bfloat16"]
+
+
+def as_activation(array: Array, dtype: str) -> Any:
+    """numpy has no bfloat16: that is a torch tensor."""
+    if dtype != "bfloat16":
+        return array.astype(dtype)
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy(np.ascontiguousarray(array, np.float32)).bfloat16()
+
+
+def wide(array: Any) -> Array:
+    return np.asarray(array if isinstance(array, np.ndarray) else array.double(), np.float64)
+
+
+def assert_accurate(actual: Any, oracle: Array, naive: Array) -> None:
+    """The error against float64 is at most 4 times that of a naive float32 run, plus 2 ulp, plus
+    what rounding to the results' own dtype costs.
+    """
+    rounding = ROUNDING[str(actual.dtype).removeprefix("torch.")] * np.abs(oracle)
+    assert tuple(actual.shape) == oracle.shape
     assert naive.dtype == np.float32
     if oracle.size == 0:
         return
-    error = np.abs(actual - oracle).max()
+    error = np.maximum(np.abs(wide(actual) - oracle) - rounding, 0).max()
     bound = 4 * np.abs(naive - oracle).max() + 2.0**-22 * np.abs(oracle).max()
     assert error <= bound, f"error {error}, naive run {np.abs(naive - oracle).max()}"
 

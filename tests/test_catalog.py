@@ -312,15 +312,20 @@ def test_path_of_a_file_or_its_folder(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_model_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"exactly one \*\.gguf file.*none, and no config\.json"):
-        resolve(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"safetensors folders are not read"):
+    with pytest.raises(ValueError, match=r"config\.json and safetensors, or .*with neither"):
         resolve(str(tmp_path))
     (tmp_path / "a.gguf").write_bytes(DATA)
     (tmp_path / "b.gguf").write_bytes(DATA)
     with pytest.raises(ValueError, match=r"with 2: give the path of one of a\.gguf, b\.gguf"):
         resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_folder_of_a_split_model_is_its_first_part(tmp_path: Path) -> None:
+    for idx in (1, 2, 3):
+        (tmp_path / f"big-{idx:05}-of-00003.gguf").write_bytes(DATA)
+    assert resolve(str(tmp_path)) == tmp_path / "big-00001-of-00003.gguf"
 
 
 def test_file_that_is_no_gguf(tmp_path: Path) -> None:
@@ -329,6 +334,10 @@ def test_file_that_is_no_gguf(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"must be a GGUF file, got .*which starts with b'"):
             resolve(str(path))
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"a pickle, which may run code, is never loaded"):
+        resolve(str(path))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of every family: weights under transformers' names, and their GGUF file."""
+"""Tiny random models of four families: weights under transformers' names, and their GGUF file."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends import CPU, CUDA
 from fullbeam import ops, reference
-from op_helpers import assert_accurate, guarded, strided
+from op_helpers import HALF_DTYPES, as_activation, assert_accurate, guarded, strided, wide
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def naive(x: Any, weight: Any, eps: float, offset: float) -> Any:
@@ -50,6 +51,19 @@ def test_rms_norm_adds_the_residual_and_may_write_over_it(rng: Any) -> None:
     assert_accurate(residual, oracle, expected)
 
 
+@pytest.mark.parametrize("backend", CUDA, indirect=True)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("size", [5, 64, 1032, 4104])
+def test_rms_norm_of_half_floats_is_accurate_on_cuda(rng: Any, size: int, dtype: str) -> None:
+    x, residual = (as_activation(rng.standard_normal((3, size)), dtype) for _ in range(2))
+    weight = rng.standard_normal(size).astype(np.float32)
+    oracle = reference.rms_norm(wide(x), weight, residual=wide(residual))
+    expected = naive(wide(x).astype(np.float32), weight, 1e-6, 0.0) + wide(residual)
+    out = ops.rms_norm(x, weight, residual=residual)
+    assert out.dtype == x.dtype
+    assert_accurate(out, oracle, expected.astype(np.float32))
+
+
 def test_rms_norm_of_zeros_is_zero() -> None:
     out = ops.rms_norm(np.zeros((2, 40), np.float32), np.ones(40, np.float32))
     np.testing.assert_array_equal(out, 0)
@@ -65,12 +79,16 @@ def test_rms_norm_of_a_row_ignores_the_other_rows(rng: Any) -> None:
         np.testing.assert_array_equal(ops.rms_norm(x, weight)[row], together[row])
 
 
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_rms_norm_takes_float32_only_on_the_cpu() -> None:
+    with pytest.raises(TypeError, match=r"^rms_norm: x must be float32, got float16$"):
+        ops.rms_norm(np.zeros((2, 8), np.float16), np.ones(8, np.float32))
+
+
 def test_rms_norm_refuses_what_does_not_fit() -> None:
     x, weight = np.zeros((2, 8), np.float32), np.ones(8, np.float32)
     with pytest.raises(ValueError, match=r"^rms_norm: weight must be \[size=8\], got \[7\]$"):
         ops.rms_norm(x, weight[:7])
-    with pytest.raises(TypeError, match=r"^rms_norm: x must be float32, got float16$"):
-        ops.rms_norm(x.astype(np.float16), weight)
     with pytest.raises(ValueError, match=r"^rms_norm: eps must be at least 0, got -1"):
         ops.rms_norm(x, weight, eps=-1.0)
     with pytest.raises(ValueError, match=r"^rms_norm: x must be contiguous in its last dimension"):
