@@ -297,7 +297,7 @@ def test_load_puts_the_parts_together(monkeypatch: pytest.MonkeyPatch, tmp_path:
     opened = SimpleNamespace(
         name="fake", decoder=fake_model.FakeDecoder(512), tokenizer=fake_model.FakeTokenizer()
     )
-    models = SimpleNamespace(open_model=lambda path, *, threads, context, progress: opened)
+    models = SimpleNamespace(open_model=lambda path, **options: opened)
     catalog = SimpleNamespace(resolve=lambda model, *, progress=None: tmp_path)
     monkeypatch.setitem(sys.modules, "fullbeam.models", models)
     monkeypatch.setitem(sys.modules, "fullbeam.models.catalog", catalog)

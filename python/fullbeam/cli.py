@@ -79,6 +79,11 @@ def main() -> None:
 def _model_options(command: F) -> F:
     """Add the options that say how a model is loaded."""
     for option in (
+        click.option(
+            "--quantize",
+            type=click.Choice(["q8", "q4"]),
+            help="Make blocks of 8 or 4 bits of a safetensors folder's matrices, once.",
+        ),
         click.option("--context", type=int, help="Most tokens of prompt and completion together."),
         click.option(
             "--draft-tokens",
@@ -145,6 +150,7 @@ def complete(
     threads: int | None,
     context: int | None,
     draft_tokens: int | None,
+    quantize: str | None,
     **given: Any,
 ) -> None:
     """Complete PROMPT and show the text as it comes.
@@ -160,8 +166,14 @@ def complete(
     params = CompletionParams(**fields)
     name = words[0] if len(words) == 2 else None
     prompt = sys.stdin.read() if words[-1] == "-" else words[-1]
-    options = {"threads": threads, "context": context, "draft_tokens": draft_tokens}
-    with _loaded(name, device=device, **options) as model:
+    options = {
+        "device": device,
+        "threads": threads,
+        "context": context,
+        "draft_tokens": draft_tokens,
+        "quantize": quantize,
+    }
+    with _loaded(name, **options) as model:
         if params.max_tokens is None and params.mode is None:
             room = _room(model, prompt, params)
             params = dataclasses.replace(params, max_tokens=max(1, min(MAX_TOKENS, room)))
@@ -274,6 +286,7 @@ def serve(
     threads: int | None,
     context: int | None,
     draft_tokens: int | None,
+    quantize: str | None,
 ) -> None:
     """Serve MODEL over HTTP.
 
@@ -296,6 +309,7 @@ def serve(
             context=context,
             max_rows=max_rows,
             draft_tokens=draft_tokens,
+            quantize=quantize,
         )
         click.echo(f"fullbeam: {name} is ready", err=True)
         return loaded

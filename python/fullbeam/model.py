@@ -33,6 +33,7 @@ def load(
     context: int | None = None,
     max_rows: int | None = None,
     draft_tokens: int | None = None,
+    quantize: str | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> Model:
     """Load a model.
@@ -53,6 +54,9 @@ def load(
     draft_tokens
         Most tokens of a choice that a step computes ahead, where its text repeats itself or the
         prompt; 0: none; None: 15. Answers are the same, only sooner.
+    quantize
+        "q8" or "q4" makes blocks of 8 or 4 bits of the matrices of a safetensors folder, once: the
+        result is kept in the cache folder. None: as stored.
     progress
         Called with a share in 0..1 and what is being done.
 
@@ -71,7 +75,9 @@ def load(
     from fullbeam.models.catalog import resolve
 
     path = resolve(model, progress=progress)
-    opened = open_model(path, threads=threads, context=context, progress=progress)
+    opened = open_model(
+        path, threads=threads, context=context, quantize=quantize, progress=progress
+    )
     decoder = opened.decoder
     plan = plan_kv(
         bytes_per_token=decoder.kv_bytes_per_token(),

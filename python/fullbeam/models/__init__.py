@@ -31,6 +31,7 @@ def open_model(
     *,
     threads: int | None = None,
     context: int | None = None,
+    quantize: str | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> OpenModel:
     """Read a model into memory.
@@ -40,6 +41,7 @@ def open_model(
     path : a GGUF file, or a folder of config.json, safetensors and tokenizer.json
     threads : threads of a step; None = physical cores
     context : most tokens of a text, where that isn't the default
+    quantize : "q8" or "q4": matrices of a folder become blocks of so many bits
     progress : called with a fraction in 0..1 and what is being done
 
     Raises
@@ -58,7 +60,7 @@ def open_model(
     threads = _core.num_physical_cores() if threads is None else threads
     _core.set_num_threads(threads)
     report = progress if progress is not None else (lambda fraction, what: None)
-    with _open_source(path) as source:
+    with _open_source(path, quantize, report) as source:
         config = read_config(source, context=context)
         total = sum(tensor.num_bytes for tensor in source.tensors.values())
         _require_room(path, total)
@@ -91,13 +93,19 @@ def open_model(
     )
 
 
-def _open_source(path: Path) -> Source:
+def _open_source(path: Path, quantize: str | None, report: Callable[[float, str], None]) -> Source:
     if path.is_dir():
         from fullbeam.models.huggingface import HuggingFaceFolder
+        from fullbeam.models.quantise import quantised
 
-        return HuggingFaceFolder.open(path)
+        folder = HuggingFaceFolder.open(path)
+        return folder if quantize is None else quantised(folder, quantize, folder.files, report)
     from fullbeam.models.gguf import GgufFile
 
+    if quantize is not None:
+        raise ValueError(
+            f"load: quantize must be left out for a GGUF file, which has types: {path}"
+        )
     return GgufFile.open(path)
 
 

@@ -102,6 +102,11 @@ class HuggingFaceFolder(Source):
                 file.close()
             raise
 
+    @property
+    def files(self) -> list[Path]:
+        """What the folder's model is read from."""
+        return [self.path / "config.json", *(file.path for file in self._files)]
+
     def name_of(self, name: str) -> str:
         arch, _, key = name.partition(".")
         if arch == self._layout.arch:
