@@ -221,10 +221,15 @@ def _tokens(is_byte_level: bool) -> list[str]:
     return [*first, "<s>", "</s>", *pieces][:NUM_TOKENS]
 
 
-def write_gguf(name: str, model: Any, path: Path, kind: str = "F32") -> Path:
-    """Write a GGUF file as llama.cpp's converter does, tensors named by the gguf package."""
+def write_gguf(
+    name: str, model: Any, path: Path, kind: str = "F32", *, max_tensors: int = 0
+) -> Path:
+    """Write a GGUF file as llama.cpp's converter does, tensors named by the gguf package.
+
+    With ``max_tensors`` it is split into files of so many.
+    """
     family, config = CASES[name], model.config
-    writer = gguf.GGUFWriter(path, family.arch)
+    writer = gguf.GGUFWriter(path, family.arch, split_max_tensors=max_tensors)
     _add_shape(writer, family, config)
     _add_vocabulary(writer, family.is_byte_level)
     arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[family.arch]

@@ -183,3 +183,19 @@ def test_greedy_and_beams_are_those_of_transformers(
             assert [choice.token_ids for choice in found.choices[part]] == beams[part].tolist()
             num_compared += 1
     assert num_compared >= 1
+
+
+def test_split_gguf_is_one_model(saved: Callable[[str], Saved], tmp_path: Path) -> None:
+    model = saved("qwen2")
+    hf_models.write_gguf("qwen2", model.model, tmp_path / "tiny.gguf", max_tensors=10)
+    paths = sorted(tmp_path.glob("*.gguf"))
+    assert [path.name for path in paths][:1] == [f"tiny-00001-of-{len(paths):05}.gguf"]
+    expected = forward(open_model(model.gguf, threads=1))
+    for path in (paths[0], paths[-1]):
+        np.testing.assert_array_equal(forward(open_model(path, threads=1)), expected)
+
+    renamed = paths[0].rename(tmp_path / "part-one.gguf")
+    with pytest.raises(ValueError, match=r"must be named \*-00001-of-0000\d\.gguf"):
+        open_model(renamed)
+    with pytest.raises(ValueError, match=r"part tiny-00001-of-0000\d\.gguf must be beside it"):
+        open_model(paths[-1])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 # Keys of config.json, of all families, and GGUF's for them.
@@ -38,8 +37,8 @@ class Layout:
     """Where a family's tensors are; names are GGUF's to Hugging Face's, without their ending."""
 
     arch: str  # GGUF's name of the family
-    whole: Mapping[str, str]  # of the whole model
-    layer: Mapping[str, str]  # of a layer, behind `layer_prefix`
+    whole: dict[str, str]  # of the whole model
+    layer: dict[str, str]  # of a layer, behind `layer_prefix`
     layer_prefix: str = "model.layers.{}."
     ignored_keys: tuple[str, ...] = ()  # of config.json: what they say isn't so
     is_transposed: bool = False  # matrices of layers are [cols, rows]
