@@ -4,8 +4,10 @@
 #include "core/packed_weight.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -49,7 +51,9 @@ constexpr Block block_of(WeightType type) {
   return {1, 1};
 }
 
-constexpr std::int64_t kStretchBytes = 8 << 20;
+// What is packed at a time, so that threads share even one matrix, and what has been read can be
+// let go of.
+constexpr std::int64_t kStretchBytes = 2 << 20;
 
 constexpr WeightType kTypes[] = {WeightType::f32,  WeightType::f16,  WeightType::bf16,
                                  WeightType::q8_0, WeightType::q4_0, WeightType::q4_1,
@@ -236,6 +240,14 @@ void pack_float_panel(const WeightPart& part, WeightType type, std::int64_t pane
   }
 }
 
+void pack_panels(const WeightPart& part, const WeightSegment& segment, std::int64_t begin,
+                 std::int64_t end) {
+  const auto pack = is_quantised(segment.type) ? pack_quantised_panel : pack_float_panel;
+  for (std::int64_t panel = begin; panel < end; ++panel)
+    pack(part, segment.type, panel,
+         const_cast<std::uint8_t*>(segment.data) + panel * segment.panel_bytes);
+}
+
 std::int64_t bytes_of_panel(WeightType type, std::int64_t cols) {
   if (!is_quantised(type)) return cols * kPanelRows * block_of(type).bytes;
   const QuantLayout layout = layout_of(type);
@@ -305,7 +317,16 @@ std::int64_t row_bytes(WeightType type, std::int64_t cols) {
   return cols % block.cols == 0 ? cols / block.cols * block.bytes : -1;
 }
 
-PackedWeight::PackedWeight(const std::vector<WeightPart>& parts, const OnStretch& on_stretch) {
+PackedWeight::PackedWeight(const std::vector<WeightPart>& parts) {
+  lay_out(parts);
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    parallel_chunks(segments_[i].num_panels, 8, [&](std::int64_t begin, std::int64_t end) {
+      pack_panels(parts[i], segments_[i], begin, end);
+    });
+  }
+}
+
+void PackedWeight::lay_out(const std::vector<WeightPart>& parts) {
   if (parts.empty())
     throw std::invalid_argument("pack_weight: parts must be at least one, got none");
   cols_ = parts.front().cols;
@@ -345,26 +366,92 @@ PackedWeight::PackedWeight(const std::vector<WeightPart>& parts, const OnStretch
   }
   // One register beyond the end may be loaded, never used.
   storage_ = weight_memory(static_cast<std::size_t>(num_bytes_) + 64);
-  for (std::size_t i = 0; i < parts.size(); ++i) {
-    std::uint8_t* data = storage_.get() + offsets[i];
-    const WeightSegment& segment = segments_[i];
-    segments_[i].data = data;
-    // Some megabytes at a time, so that the caller can let go of what has been read.
-    const std::int64_t stretch = std::max<std::int64_t>(8, kStretchBytes / segment.panel_bytes);
-    for (std::int64_t first = 0; first < segment.num_panels; first += stretch) {
-      const std::int64_t count = std::min(stretch, segment.num_panels - first);
-      parallel_chunks(count, 8, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t panel = first + begin; panel < first + end; ++panel) {
-          if (is_quantised(segment.type)) {
-            pack_quantised_panel(parts[i], segment.type, panel, data + panel * segment.panel_bytes);
-          } else {
-            pack_float_panel(parts[i], segment.type, panel, data + panel * segment.panel_bytes);
-          }
-        }
-      });
-      if (on_stretch) on_stretch(i, count * segment.panel_bytes);
+  for (std::size_t i = 0; i < parts.size(); ++i) segments_[i].data = storage_.get() + offsets[i];
+}
+
+Packing::Packing(int num_threads, std::int64_t spare_bytes) : spare_bytes_(spare_bytes) {
+  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
+}
+
+Packing::~Packing() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    is_closed_ = true;
+    waiting_.clear();
+  }
+  added_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+PackedWeight Packing::add(const std::vector<WeightPart>& parts, bool release) {
+  PackedWeight weight;
+  weight.lay_out(parts);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      const WeightSegment& segment = weight.segments_[i];
+      const std::int64_t most = std::max<std::int64_t>(8, kStretchBytes / segment.panel_bytes);
+      for (std::int64_t first = 0; first < segment.num_panels; first += most) {
+        const std::int64_t count = std::min(most, segment.num_panels - first);
+        waiting_.push_back({parts[i], segment, first, count, weight.storage_, release});
+        waiting_bytes_ += count * segment.panel_bytes;
+      }
     }
   }
+  added_.notify_all();
+  return weight;
+}
+
+bool Packing::wait(double seconds) {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  std::unique_lock<std::mutex> lock(mutex_);
+  spare_bytes_ = 0;
+  added_.notify_all();
+  while (!waiting_.empty() && std::chrono::steady_clock::now() < until) {
+    const Stretch stretch = take();
+    lock.unlock();
+    pack(stretch);
+    lock.lock();
+  }
+  return done_.wait_until(lock, until, [&] { return waiting_.empty() && num_busy_ == 0; });
+}
+
+void Packing::work() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    added_.wait(lock, [&] { return is_closed_ || waiting_bytes_ > spare_bytes_; });
+    if (is_closed_) return;
+    const Stretch stretch = take();
+    ++num_busy_;
+    lock.unlock();
+    pack(stretch);
+    lock.lock();
+    --num_busy_;
+    if (waiting_.empty() && num_busy_ == 0) done_.notify_all();
+  }
+}
+
+Packing::Stretch Packing::take() {
+  Stretch stretch = std::move(waiting_.front());
+  waiting_.pop_front();
+  waiting_bytes_ -= stretch.count * stretch.segment.panel_bytes;
+  return stretch;
+}
+
+void Packing::pack(const Stretch& stretch) {
+  const auto& [part, segment, first, count, storage, release] = stretch;
+  pack_panels(part, segment, first, first + count);
+  if (release) {
+    const std::int64_t bytes_per_row = part.num_bytes / part.rows;
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto address = [&](std::int64_t panel) {
+      const std::int64_t row = std::min(panel * kPanelRows, part.rows);
+      return reinterpret_cast<std::uintptr_t>(part.data + row * bytes_per_row) / page * page;
+    };
+    const std::uintptr_t begin = address(first), end = address(first + count);
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  }
+  packed_bytes_.fetch_add(count * segment.panel_bytes, std::memory_order_relaxed);
 }
 
 }  // namespace fullbeam

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <atomic>
+#include <condition_variable>
 #include <cstdint>
-#include <functional>
+#include <deque>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/weight.h"
@@ -22,9 +26,7 @@ struct WeightPart {
 // their own types, so that query, key and value projections, or gate and up, are one product.
 class PackedWeight {
  public:
-  // Called after every few megabytes with the part's index and the packed bytes of the stretch.
-  using OnStretch = std::function<void(std::size_t part, std::int64_t num_bytes)>;
-  explicit PackedWeight(const std::vector<WeightPart>& parts, const OnStretch& on_stretch = {});
+  explicit PackedWeight(const std::vector<WeightPart>& parts);
 
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
@@ -33,9 +35,51 @@ class PackedWeight {
   const std::vector<WeightSegment>& segments() const { return segments_; }
 
  private:
+  friend class Packing;
+  PackedWeight() = default;
+  void lay_out(const std::vector<WeightPart>& parts);  // all but the panels' contents
+
   std::shared_ptr<std::uint8_t> storage_;
   std::vector<WeightSegment> segments_;
   std::int64_t rows_ = 0, cols_ = 0, num_panels_ = 0, num_bytes_ = 0;
+};
+
+// Packs many matrices in threads of its own while the caller goes on. A matrix may be used once
+// `wait` has returned true; the bytes of its parts must stay where they are until then. The last
+// `spare_bytes` are left until `wait` is called: memory that the caller needs meanwhile.
+class Packing {
+ public:
+  Packing(int num_threads, std::int64_t spare_bytes);
+  ~Packing();  // leaves what is not packed yet
+  Packing(const Packing&) = delete;
+  Packing& operator=(const Packing&) = delete;
+
+  // `release`: the parts lie in a mapped file, whose pages are dropped once they are packed.
+  PackedWeight add(const std::vector<WeightPart>& parts, bool release);
+  // Lends a hand for some time; whether all is done.
+  bool wait(double seconds);
+  std::int64_t packed_bytes() const { return packed_bytes_.load(std::memory_order_relaxed); }
+
+ private:
+  struct Stretch {
+    WeightPart part;
+    WeightSegment segment;
+    std::int64_t first, count;  // panels of the segment
+    std::shared_ptr<std::uint8_t> storage;
+    bool release;
+  };
+  void work();
+  Stretch take();  // of those that wait
+  void pack(const Stretch& stretch);
+
+  std::mutex mutex_;  // of what follows
+  std::condition_variable added_, done_;
+  std::deque<Stretch> waiting_;
+  std::int64_t waiting_bytes_ = 0, spare_bytes_;
+  int num_busy_ = 0;
+  bool is_closed_ = false;
+  std::atomic<std::int64_t> packed_bytes_{0};
+  std::vector<std::thread> threads_;
 };
 
 WeightType parse_weight_type(const std::string& name);

@@ -11,6 +11,7 @@
 #include "core/parallel.h"
 #include "core/program.h"
 #include "ops/ops.h"
+#include "python/strings.h"
 #include "python/tensors.h"
 
 namespace py = pybind11;
@@ -20,29 +21,33 @@ namespace {
 
 using PartTuple = std::tuple<py::object, std::string, std::pair<std::int64_t, std::int64_t>>;
 
-PackedWeight pack_weight(const std::vector<PartTuple>& parts,
-                         const std::optional<py::typing::Callable<void(int, int)>>& on_stretch) {
+std::vector<WeightPart> parts_of(const std::vector<PartTuple>& parts,
+                                 std::vector<py::object>& owners) {
   std::vector<WeightPart> views;
-  std::vector<py::object> owners(parts.size());
-  for (std::size_t i = 0; i < parts.size(); ++i) {
-    const auto& [data, type, shape] = parts[i];
+  for (const auto& [data, type, shape] : parts) {
     TensorView view;
-    view_of(data, view, owners[i]);
+    view_of(data, view, owners.emplace_back());
     Check check("pack_weight");
     check.tensor("data", view, {"num_bytes"}, {DType::u8});
     views.push_back({static_cast<const std::uint8_t*>(view.data), check.size("num_bytes"), type,
                      shape.first, shape.second});
   }
-  PackedWeight::OnStretch report;
-  if (on_stretch) {
-    report = [&](std::size_t part, std::int64_t num_bytes) {
-      py::gil_scoped_acquire acquire;
-      (*on_stretch)(part, num_bytes);
-    };
-  }
-  py::gil_scoped_release release;
-  return PackedWeight(views, report);
+  return views;
 }
+
+PackedWeight pack_weight(const std::vector<PartTuple>& parts) {
+  std::vector<py::object> owners;
+  const std::vector<WeightPart> views = parts_of(parts, owners);
+  py::gil_scoped_release release;
+  return PackedWeight(views);
+}
+
+// Holds on to the parts' memory until all is packed.
+struct PyPacking {
+  std::vector<py::object> owners;
+  Packing packing;
+  PyPacking(int num_threads, std::int64_t spare_bytes) : packing(num_threads, spare_bytes) {}
+};
 
 py::typing::Dict<py::str, py::object> build_info() {
   py::typing::Dict<py::str, py::object> info;
@@ -84,7 +89,32 @@ PYBIND11_MODULE(_core, m) {
         for (const WeightSegment& segment : w.segments()) types.emplace_back(name_of(segment.type));
         return types;
       });
-  m.def("pack_weight", &pack_weight, py::arg("parts"), py::arg("on_stretch").none(true));
+  m.def("pack_weight", &pack_weight, py::arg("parts"));
+  py::class_<PyPacking>(m, "Packing")
+      .def(py::init<int, std::int64_t>(), py::arg("num_threads"), py::arg("spare_bytes"))
+      .def(
+          "add",
+          [](PyPacking& self, const std::vector<PartTuple>& parts, bool release) {
+            return self.packing.add(parts_of(parts, self.owners), release);
+          },
+          py::arg("parts"), py::arg("release"))
+      .def(
+          "wait",
+          [](PyPacking& self, double seconds) {
+            bool is_done = false;
+            {
+              py::gil_scoped_release release;
+              is_done = self.packing.wait(seconds);
+            }
+            if (is_done) self.owners.clear();
+            return is_done;
+          },
+          py::arg("seconds"))
+      .def_property_readonly("packed_bytes",
+                             [](const PyPacking& self) { return self.packing.packed_bytes(); });
+
+  m.def("string_ends", &string_ends, py::arg("data"), py::arg("count"));
+  m.def("decode_strings", &decode_strings, py::arg("data"), py::arg("ends"));
 
   m.def("embedding", &ops::embedding, Op(), py::arg("token_ids"), py::arg("table"),
         py::arg("residual").none(true), py::arg("out"), py::arg("scale"));

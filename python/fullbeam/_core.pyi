@@ -5,8 +5,11 @@ from __future__ import annotations
 import collections.abc
 import typing
 
+import typing_extensions
+
 __all__: list[str] = [
     "PackedWeight",
+    "Packing",
     "Program",
     "activation",
     "attention_decode",
@@ -15,6 +18,7 @@ __all__: list[str] = [
     "beam_step",
     "build_info",
     "cpu_isa",
+    "decode_strings",
     "embedding",
     "gated_activation",
     "kv_write",
@@ -33,6 +37,7 @@ __all__: list[str] = [
     "softcap",
     "start_recording",
     "stop_recording",
+    "string_ends",
     "why_no_cuda_device",
 ]
 
@@ -43,6 +48,30 @@ class PackedWeight:
     def shape(self) -> tuple[int, int]: ...
     @property
     def types(self) -> list[str]: ...
+
+class Packing:
+    def __init__(
+        self,
+        num_threads: typing.SupportsInt | typing.SupportsIndex,
+        spare_bytes: typing.SupportsInt | typing.SupportsIndex,
+    ) -> None: ...
+    def add(
+        self,
+        parts: collections.abc.Sequence[
+            tuple[
+                typing.Any,
+                str,
+                tuple[
+                    typing.SupportsInt | typing.SupportsIndex,
+                    typing.SupportsInt | typing.SupportsIndex,
+                ],
+            ]
+        ],
+        release: bool,
+    ) -> PackedWeight: ...
+    def wait(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool: ...
+    @property
+    def packed_bytes(self) -> int: ...
 
 class Program:
     def __len__(self) -> int: ...
@@ -105,6 +134,7 @@ def beam_step(
 ) -> None: ...
 def build_info() -> dict[str, typing.Any]: ...
 def cpu_isa() -> str: ...
+def decode_strings(data: typing_extensions.Buffer, ends: typing_extensions.Buffer) -> list[str]: ...
 def embedding(
     token_ids: typing.Any,
     table: PackedWeight,
@@ -151,7 +181,6 @@ def pack_weight(
             ],
         ]
     ],
-    on_stretch: collections.abc.Callable[[int, int], None] | None,
 ) -> PackedWeight: ...
 def rms_norm(
     x: typing.Any,
@@ -202,4 +231,7 @@ def softcap(
 ) -> None: ...
 def start_recording() -> None: ...
 def stop_recording() -> Program: ...
+def string_ends(
+    data: typing_extensions.Buffer, count: typing.SupportsInt | typing.SupportsIndex
+) -> bytes: ...
 def why_no_cuda_device() -> str: ...

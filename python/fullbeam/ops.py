@@ -10,7 +10,7 @@ waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,11 +58,7 @@ def _new_activation(like: Array, shape: tuple[int, ...]) -> Array:
     return _new(like, shape, str(like.dtype).removeprefix("torch."))
 
 
-def pack_weight(
-    parts: Sequence[tuple[Array, str, tuple[int, int]]],
-    *,
-    on_stretch: Callable[[int, int], None] | None = None,
-) -> PackedWeight:
+def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWeight:
     """Lay a weight matrix out for `linear` and `embedding`.
 
     Parameters
@@ -71,8 +67,6 @@ def pack_weight(
         uint8 bytes of a GGUF tensor, row-major, and its type: F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0
         Q5_1 Q4_K Q5_K Q6_K. Parts are stacked by rows and keep their types: one product serves
         query, key and value, or gate and up.
-    on_stretch : called after every few megabytes with the index of the part and the bytes packed
-        Lets the caller show progress, and drop pages of a mapped file that have been read.
 
     Returns
     -------
@@ -85,7 +79,7 @@ def pack_weight(
         Unknown type, columns that are no multiple of its block, or a number of bytes that
         doesn't fit the shape.
     """
-    return _core.pack_weight(list(parts), on_stretch)
+    return _core.pack_weight(list(parts))
 
 
 def embedding(

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fullbeam import ops, reference
+from fullbeam import _core, ops, reference
 from op_helpers import Array, assert_accurate, guarded, num_threads, strided
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -204,3 +205,33 @@ def test_linear_never_hides_what_is_not_finite(
     dirty = ops.linear(x, packed)
     assert not np.isfinite(dirty[2]).any()
     np.testing.assert_array_equal(np.delete(dirty, 2, 0), np.delete(clean, 2, 0))
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 1 << 20, 1 << 40])
+def test_weights_packed_in_the_background_are_the_same(tmp_path: Path, spare_bytes: int) -> None:
+    kinds = {"Q4_K": 256, "Q8_0": 96, "F16": 33}
+    sources = []
+    for kind, cols in kinds.items():
+        data = reference.quantize(np.random.default_rng(cols).normal(size=(4099, cols)), kind)
+        (tmp_path / kind).write_bytes(bytes(7) + data.tobytes())
+        mapped = np.memmap(tmp_path / kind, np.uint8, "r", offset=7)
+        sources.append((mapped, kind, (4099, cols)))
+    packing = _core.Packing(2, spare_bytes)
+    weights = [packing.add([source], release=True) for source in sources]
+    weights.append(packing.add(sources[:1] + sources[:1], release=False))
+    while not packing.wait(0.01):
+        pass
+    num_bytes = sum(weight.num_bytes for weight in weights)
+    assert num_bytes - 128 * len(weights) < packing.packed_bytes <= num_bytes
+    for weight, parts in zip(
+        weights, [*([source] for source in sources), sources[:1] + sources[:1]], strict=True
+    ):
+        x = np.random.default_rng(1).normal(size=(2, weight.shape[1])).astype(np.float32)
+        np.testing.assert_array_equal(ops.linear(x, weight), ops.linear(x, ops.pack_weight(parts)))
+
+
+def test_packing_refuses_what_pack_weight_refuses() -> None:
+    packing = _core.Packing(1, 0)
+    with pytest.raises(ValueError, match=r"^pack_weight: "):
+        packing.add([(np.zeros(33, np.uint8), "Q8_0", (1, 32))], release=False)
+    assert packing.wait(0)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenModel", "open_model"]
 
+_REPORT_S = 0.05  # from one report of progress to the next
+_BUILD_BYTES = 200  # that building a tokenizer takes for each token, besides those it keeps
+
 
 @dataclass(frozen=True)
 class OpenModel:
@@ -64,6 +67,17 @@ def open_model(
         config = read_config(source, context=context)
         total = sum(tensor.num_bytes for tensor in source.tensors.values())
         _require_room(path, total)
+        # One processor is left to this thread, which is busy all the while.
+        spare_bytes = _BUILD_BYTES * config.vocab_size
+        packing = _core.Packing(max(1, threads - 1), spare_bytes)
+        done = 0
+
+        def packed(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            report(min(1.0, (done + packing.packed_bytes) / total), "weights")
+
+        weights = read_weights(source, config, packing, packed)
         report(0.0, "tokenizer")
         if isinstance(source, GgufFile):
             tokenizer = Tokenizer.from_gguf(source)
@@ -72,14 +86,9 @@ def open_model(
             from fullbeam.models.tokenizer_json import read_tokenizer
 
             tokenizer = read_tokenizer(path, config.vocab_size)
-        done = 0
-
-        def packed(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            report(min(1.0, done / total), "weights")
-
-        decoder = Decoder(config, read_weights(source, config, packed), threads=threads)
+        while not packing.wait(_REPORT_S):
+            packed(0)
+        decoder = Decoder(config, weights, threads=threads)
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer must have {config.vocab_size} tokens, the rows of "

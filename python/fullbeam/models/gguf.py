@@ -28,6 +28,7 @@ class GgufFile(Source):
     alignment: int
     tensors: Mapping[str, GgufTensor]
     is_converted = True
+    is_mapped = True
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self.path = path

@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import struct
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any, NoReturn, TypeAlias, cast, overload
 
 import numpy as np
 import numpy.typing as npt
+
+from fullbeam import _core
 
 MetadataValue: TypeAlias = "str | int | float | bool | GgufStrings | npt.NDArray[Any]"
 
@@ -131,14 +133,10 @@ class GgufStrings(Sequence[str]):
         return self._decode(index, bytes(self._raw[start + 8 : self._ends[index]]))
 
     def __iter__(self) -> Iterator[str]:
-        raw = self._raw.tobytes()
-        start = 8
-        for end in self._ends:
-            try:
-                yield raw[start:end].decode()
-            except UnicodeDecodeError:
-                self._decode(self._ends.index(end), raw[start:end])
-            start = end + 8
+        texts = _core.decode_strings(self._raw, self._ends)
+        if len(texts) < len(self):
+            texts.append(self[len(texts)])  # raises
+        return iter(texts)
 
     def __repr__(self) -> str:
         return f"GgufStrings({len(self)} strings)"
@@ -270,24 +268,16 @@ class HeaderReader:
         return values
 
     def _strings(self, key: str, count: int) -> GgufStrings:
-        """One tight loop: a vocabulary has a quarter of a million of them."""
-        unpack: Callable[[mmap.mmap, int], tuple[int]] = struct.Struct("<Q").unpack_from
-        buffer, start, pos = self._buffer, self.position, self.position
-        if count * 8 > self._end - pos:
+        buffer, start = memoryview(self._buffer), self.position
+        if count * 8 > self._end - start:
             self._fail_past_end(key, count * 8)
-        last = self._end - 8
-        ends = array("I")
-        append = ends.append
-        for index in range(count):
-            if pos > last:
-                self._fail_past_end(f"{key}[{index}]: length", 8, pos)
-            (length,) = unpack(buffer, pos)
-            pos += 8 + length
-            if pos > last + 8:
-                self._fail_past_end(f"{key}[{index}]", length, pos - length)
-            append(pos - start)
-        self.position = pos
-        return GgufStrings(f"{self._path}: {key}", memoryview(buffer)[start:pos], ends)
+        ends = array("I", _core.string_ends(buffer[start : self._end], count))
+        index = len(ends)
+        self.position = pos = start + (ends[-1] if ends else 0)
+        if index < count:
+            (length,) = self._unpack("<Q", f"{key}[{index}]: length")
+            self._fail_past_end(f"{key}[{index}]", length)
+        return GgufStrings(f"{self._path}: {key}", buffer[start:pos], ends)
 
     def _string(self, field: str, max_bytes: int) -> str:
         (length,) = self._unpack("<Q", f"{field}: length")

@@ -47,6 +47,8 @@ class Source(ABC):
     tensors: Mapping[str, Tensor]
     is_converted: bool
     """As converters to GGUF leave it: Llama's heads interleaved, Gemma's norms plus one."""
+    is_mapped = False
+    """Whether tensors lie in a mapped file as they are: nothing is lost with pages dropped."""
 
     @overload
     def get(self, key: str, kind: type[T]) -> T: ...

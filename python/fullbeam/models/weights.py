@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fullbeam import ops
+from fullbeam import _core, ops
 from fullbeam.engine.batch import FloatArray
 from fullbeam.models.config import DecoderConfig, LayerWeights, Linear, Norm, Weights
 from fullbeam.models.source import Source, Tensor
@@ -16,28 +16,31 @@ from fullbeam.models.source import Source, Tensor
 class WeightReader:
     """Takes tensors out of a source, checking their shapes, and lets its pages go."""
 
-    def __init__(self, source: Source, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, source: Source, packing: _core.Packing, progress: Callable[[int], None]
+    ) -> None:
         self._source = source
+        self._packing = packing
         self._progress = progress
 
     def has(self, name: str) -> bool:
         return name in self._source.tensors
 
     def matrix(self, *parts: tuple[str, int, int]) -> ops.PackedWeight:
-        """Stack tensors (name, rows, cols) by rows."""
+        """Stack tensors (name, rows, cols) by rows; packed, at the latest, with the packing."""
         tensors = [self._find(name, (rows, cols)) for name, rows, cols in parts]
-
-        def done(part: int, num_bytes: int) -> None:
-            self._source.release(tensors[part])
-            self._progress(num_bytes)
-
         try:
-            return ops.pack_weight(
-                [(t.data, t.type, (t.shape[0], t.shape[1])) for t in tensors], on_stretch=done
-            )
+            arrays = [(t.data, t.type, (t.shape[0], t.shape[1])) for t in tensors]
+            if self._source.is_mapped:
+                return self._packing.add(arrays, release=True)
+            weight = ops.pack_weight(arrays)
         except ValueError as error:
             names = ", ".join(tensor.name for tensor in tensors)
             raise ValueError(f"{self._source.path}: tensor {names}: {error}") from error
+        for tensor in tensors:
+            self._source.release(tensor)
+        self._progress(weight.num_bytes)
+        return weight
 
     def vector(self, name: str, size: int) -> FloatArray:
         tensor = self._find(name, (size,))
@@ -53,7 +56,6 @@ class WeightReader:
                 f"got {tensor.type}"
             )
         self._source.release(tensor)
-        self._progress(tensor.num_bytes)
         return values
 
     def optional_vector(self, name: str, size: int) -> FloatArray | None:
@@ -83,9 +85,17 @@ class WeightReader:
         return tensor
 
 
-def read_weights(source: Source, config: DecoderConfig, progress: Callable[[int], None]) -> Weights:
-    """Pack a model's weights; ``progress`` is told bytes as they are done."""
-    reader = WeightReader(source, progress)
+def read_weights(
+    source: Source,
+    config: DecoderConfig,
+    packing: _core.Packing,
+    progress: Callable[[int], None],
+) -> Weights:
+    """Return a model's weights, which may be used once the packing is done.
+
+    ``progress`` is told of bytes that were packed at once instead.
+    """
+    reader = WeightReader(source, packing, progress)
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = reader.matrix(("token_embd.weight", vocab, hidden))
     head, positions = embedding, None
