@@ -16,7 +16,8 @@ import fake_model
 from fullbeam.engine.engine import Engine
 from fullbeam.model import Model
 from fullbeam.server.app import create_app
-from fullbeam.server.service import Service, Settings
+from fullbeam.server.service import Service
+from fullbeam.server.settings import Settings
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from fullbeam import cli
 from fullbeam.engine.text import Logprobs, Piece
 from fullbeam.params import CompletionParams
 from fullbeam.results import Completion, Usage, as_choice
+from fullbeam.server import serve as server
+from fullbeam.server.settings import EditorOptions, Settings
 
 Run = Callable[..., Result]
 
@@ -326,15 +328,13 @@ def test_info_without_the_native_module(run: Run, monkeypatch: pytest.MonkeyPatc
 def test_serve_passes_its_options_on(
     run: Run, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fullbeam.server import app
-
     served: dict[str, Any] = {}
 
-    def serve(load: Callable[[], Any], settings: app.Settings, **options: Any) -> None:
+    def serve(load: Callable[[], Any], settings: Settings, **options: Any) -> None:
         served.update(options, settings=settings)
         load()
 
-    monkeypatch.setattr(app, "serve", serve)
+    monkeypatch.setattr(server, "serve", serve)
     words = ["--host", "::1", "--port", "0", "--max-rows", "4", "--threads", "1", "--context", "9"]
     words += ["--draft-tokens", "5"]
     keys = ["--api-key", "a", "--api-key", "b"]
@@ -349,17 +349,15 @@ def test_serve_passes_its_options_on(
     assert served["settings"].api_keys == ("c", "d")
     assert served["settings"].name == "gemma-3-270m"
     assert run("serve").exit_code == 0
-    assert served["settings"] == app.Settings(name="gemma-3-270m")
+    assert served["settings"] == Settings(name="gemma-3-270m")
     assert model.loaded["max_rows"] == 32  # some editors search with 30 hypotheses
 
 
 def test_serve_passes_its_limits_on(
     run: Run, model: FakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from fullbeam.server import app
-
-    served: list[app.Settings] = []
-    monkeypatch.setattr(app, "serve", lambda load, settings, **options: served.append(settings))
+    served: list[Settings] = []
+    monkeypatch.setattr(server, "serve", lambda load, settings, **options: served.append(settings))
     words = ["--max-requests", "7", "--max-body-mib", "0.5", "--max-logprobs", "20"]
     words += ["--max-stop", "9", "--timeout", "2.5", "--grace", "3"]
     words += ["--cors-origin", "http://a", "--cors-origin", "http://b"]
@@ -368,7 +366,7 @@ def test_serve_passes_its_limits_on(
     words += ["--api-key", "a", "--api-key-file", str(keys)]
     assert run("serve", *words).exit_code == 0
     assert served == [
-        app.Settings(
+        Settings(
             name="gemma-3-270m",
             api_keys=("a", "b", "c"),
             max_requests=7,
@@ -388,17 +386,15 @@ def test_serve_passes_its_limits_on(
 def test_serve_passes_its_options_for_editors_on(
     run: Run, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fullbeam.server import app, fullline
-
-    served: list[app.Settings] = []
-    monkeypatch.setattr(app, "serve", lambda load, settings, **options: served.append(settings))
+    served: list[Settings] = []
+    monkeypatch.setattr(server, "serve", lambda load, settings, **options: served.append(settings))
     for words in ([], ["--no-infill"], ["--no-supersede"], ["--detailed"]):
         assert run("serve", *words).exit_code == 0
-    assert [settings.fullline for settings in served] == [
-        fullline.Options(),
-        fullline.Options(infill=False),
-        fullline.Options(supersede=False),
-        fullline.Options(detailed_default=True),
+    assert [settings.editors for settings in served] == [
+        EditorOptions(),
+        EditorOptions(infill=False),
+        EditorOptions(supersede=False),
+        EditorOptions(detailed_default=True),
     ]
 
 

@@ -17,7 +17,8 @@ from fastapi import FastAPI
 from fullbeam.engine.text import Logprobs, Piece
 from fullbeam.params import CompletionParams, ContextLengthError
 from fullbeam.results import Completion, Usage, as_choice
-from fullbeam.server.app import Settings, create_app
+from fullbeam.server.app import create_app
+from fullbeam.server.settings import Settings
 
 Json = dict[str, Any]
 

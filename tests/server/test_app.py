@@ -15,7 +15,9 @@ import openai
 import pytest
 import uvicorn
 
-from fullbeam.server.app import Settings, create_app, serve
+from fullbeam.server.app import create_app
+from fullbeam.server.serve import serve
+from fullbeam.server.settings import Settings
 
 GATEWAY = "/api/v1/compatibility/openai/v1"
 

@@ -23,6 +23,7 @@ import pytest
 
 from fullbeam.server import app as server_app
 from fullbeam.server import auth
+from fullbeam.server.settings import Settings
 from server_harness import Running, running, wait_until
 
 Client: TypeAlias = Any  # both are in conftest.py, which cannot be imported
@@ -187,7 +188,7 @@ def test_loading_is_told_in_shape(model: FakeModel, route: Route) -> None:
         raise ValueError("no such model")
 
     async def run() -> httpx.Response:
-        app = server_app.create_app(load, server_app.Settings(name="fake"))
+        app = server_app.create_app(load, Settings(name="fake"))
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as web:
@@ -503,8 +504,8 @@ import fake_model
 from server_harness import SlowDecoder
 from fullbeam.engine.engine import Engine
 from fullbeam.model import Model
-from fullbeam.server.app import serve
-from fullbeam.server.service import Settings
+from fullbeam.server.serve import serve
+from fullbeam.server.settings import Settings
 
 def load():
     return Model(Engine(SlowDecoder(256, 0.02), fake_model.FakeTokenizer(), page_size=4), name="x")

@@ -20,8 +20,8 @@ from fullbeam.model import Model
 from fullbeam.models.vocabulary import InfillTokens
 from fullbeam.params import CompletionParams
 from fullbeam.results import Choice, Completion, Usage
-from fullbeam.server import fullline
 from fullbeam.server.fullline_fields import DETAIL_KEYS, FIELDS, PARAM_NAMES, split_code
+from fullbeam.server.settings import EditorOptions
 from table_model import (
     AFTER,
     LETTERS,
@@ -270,7 +270,7 @@ def test_right_text_may_be_missing_or_too_much(
 
 def test_right_text_can_be_switched_off(make_client: Any, model: Suggesting) -> None:
     model.tokenizer.infill = INFILL
-    client = make_client(fullline=fullline.Options(infill=False))
+    client = make_client(editors=EditorOptions(infill=False))
     completions(client, code="import num\nimport os")
     assert model.asked == expected()
 
@@ -316,7 +316,7 @@ def test_scores_can_be_refused(client: Client) -> None:
 
 
 def test_scores_can_be_the_servers_default(make_client: Any) -> None:
-    client = make_client(fullline=fullline.Options(detailed_default=True))
+    client = make_client(editors=EditorOptions(detailed_default=True))
     assert completions(client)[0]["score"] == 0.62
     assert completions(client, detailed=False)[0] == "numpy as np"
 
@@ -767,7 +767,7 @@ def test_a_client_is_known_by_its_token(gated: Any, second: str, expected: list[
 
 
 def test_superseding_can_be_switched_off(gated: Any) -> None:
-    client = gated(fullline=fullline.Options(supersede=False))
+    client = gated(editors=EditorOptions(supersede=False))
     asyncio.run(send_two(client, LONG, SHORT, [200, 200]))
 
 

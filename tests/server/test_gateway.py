@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 
-from fullbeam.server.app import Settings, create_app
+from fullbeam.server.app import create_app
+from fullbeam.server.settings import Settings
 
 Client: TypeAlias = Any  # both are in conftest.py, which cannot be imported
 FakeModel: TypeAlias = Any

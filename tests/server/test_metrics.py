@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fullbeam.server.app import create_app
-from fullbeam.server.service import Settings
+from fullbeam.server.settings import Settings
 from server_harness import Running, running, wait_until
 
 BODY: dict[str, Any] = {"prompt": "abc dd a", "max_tokens": 6, "ignore_eos": True}

@@ -11,7 +11,7 @@ import pytest
 
 from fullbeam.params import CompletionParams
 from fullbeam.server import openai_fields, schema
-from fullbeam.server.service import Settings
+from fullbeam.server.settings import Settings
 
 Client: TypeAlias = Any  # both are in conftest.py, which cannot be imported
 FakeModel: TypeAlias = Any

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from fullbeam.server.app import create_app
-from fullbeam.server.service import Settings
+from fullbeam.server.settings import Settings
 from server_harness import Running, running
 
 CHECKS = [

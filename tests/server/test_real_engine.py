@@ -15,7 +15,8 @@ import pytest
 import fake_model
 from fullbeam.engine.engine import Engine
 from fullbeam.model import Model
-from fullbeam.server.app import Settings, create_app
+from fullbeam.server.app import create_app
+from fullbeam.server.settings import Settings
 
 BODY: dict[str, Any] = {"max_tokens": 12, "seed": 5, "ignore_eos": True}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes, the surfaces they belong to, and the server that listens."""
+"""The routes, the surfaces they belong to, and the server that answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from fullbeam.server.conduct import Conduct
 from fullbeam.server.errors import ApiError
 from fullbeam.server.metrics import Metrics
 from fullbeam.server.record import CLIENT_GONE, record_of, requests_log
-from fullbeam.server.service import Service, Settings
+from fullbeam.server.service import Service
+from fullbeam.server.settings import Settings
 from fullbeam.server.stream import ClientGone
 
 if TYPE_CHECKING:
@@ -38,49 +39,21 @@ _KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, so that they 
 _LAST_WORDS_S = 3  # beyond the grace period, to tell clients that it is over
 
 
-def serve(
-    load: Callable[[], Model],
-    settings: Settings,
-    *,
-    host: str,
-    port: int,
-    on_listen: Callable[[str], None] = lambda url: None,
-) -> None:
-    """Answer HTTP until interrupted, with a line on standard error for each request.
-
-    On SIGTERM and SIGINT no more connections are taken, requests under way get
-    `settings.grace_s` seconds to end, and what is left then is cancelled.
-
-    Parameters
-    ----------
-    load, settings
-        As for `create_app`. Whatever `load` raises ends the server and is raised here.
-    host, port
-        Where to listen; port 0: any free one.
-    on_listen
-        Told the server's address once it is reachable.
-
-    Raises
-    ------
-    OSError
-        When the port is in use or may not be opened; nothing is loaded then.
-    """
+def run(load: Callable[[], Model], settings: Settings, listener: socket.socket) -> None:
+    """Answer what comes in at a socket until interrupted; see `fullbeam.server.serve`."""
     _log_requests()
-    with _listen(host, port) as listener:
-        name = f"[{host}]" if ":" in host else host
-        on_listen(f"http://{name}:{listener.getsockname()[1]}")
-        app = create_app(load, settings)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=settings.grace_s + _LAST_WORDS_S,
-        )
-        service: Service = app.state.service
-        server = _Server(config, service)
-        service.on_failure = lambda: setattr(server, "should_exit", True)
-        server.run(sockets=[listener])
+    app = create_app(load, settings)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=settings.grace_s + _LAST_WORDS_S,
+    )
+    service: Service = app.state.service
+    server = _Server(config, service)
+    service.on_failure = lambda: setattr(server, "should_exit", True)
+    server.run(sockets=[listener])
     if service.failure is not None:
         raise service.failure
 
@@ -105,15 +78,6 @@ def _log_requests() -> None:
         requests_log.addHandler(logging.StreamHandler())
         requests_log.setLevel(logging.INFO)
         requests_log.propagate = False
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"serve: cannot listen on port {port} of {host}: {reason}") from error
 
 
 def create_app(load: Callable[[], Model], settings: Settings) -> FastAPI:

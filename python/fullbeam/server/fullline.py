@@ -7,7 +7,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
@@ -45,18 +45,6 @@ left of it, and have to again whenever that grows; and what is further away says
 
 _MIN_INFILL_TOKENS = 64
 """Room below which the text left of the cursor gets all of it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How this surface behaves."""
-
-    infill: bool = True
-    """Give the text right of the cursor to a model that has infill tokens."""
-    supersede: bool = True
-    """End a request when the same client asks again about the same file."""
-    detailed_default: bool = False
-    """Tell scores also to clients that do not show that they expect them."""
 
 
 class Superseded(Exception):
@@ -120,7 +108,7 @@ def add_routes(app: FastAPI) -> None:
 async def complete(request: Request) -> Response:
     """Suggest how the code goes on at the cursor, best first."""
     service: Service = request.app.state.service
-    options = service.settings.fullline
+    options = service.settings.editors
     call = read_call(await read_json(request))
     model = service.model_for(call.model)
     params = _with_right(call, model) if options.infill else call.params

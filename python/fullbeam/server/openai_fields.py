@@ -13,7 +13,7 @@ from fullbeam.params import DRAW_FIELDS, MAX_WIDTH, CompletionParams, ContextLen
 from fullbeam.server.errors import ApiError, Json
 
 if TYPE_CHECKING:
-    from fullbeam.server.service import Settings
+    from fullbeam.server.settings import Settings
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 

@@ -15,7 +15,7 @@ from fullbeam.server.openai_fields import (
 )
 
 if TYPE_CHECKING:
-    from fullbeam.server.service import Settings
+    from fullbeam.server.settings import Settings
 
 Json = dict[str, Any]
 

@@ -9,44 +9,20 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
-
-from fullbeam.server import fullline, record
+from fullbeam.server import record
 from fullbeam.server.errors import ApiError, Json
+from fullbeam.server.serve import in_background
+from fullbeam.server.settings import Settings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from fullbeam.model import Model
 
 _MAX_RETRY_AFTER_S = 60
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How a server behaves."""
-
-    name: str
-    """The model's id on the wire."""
-    api_keys: tuple[str, ...] = ()
-    """One of them must be sent; none: no key is asked for."""
-    max_requests: int = 256
-    """Requests at once, waiting ones included; more are answered 429."""
-    max_body_bytes: int = 4 << 20
-    """Text is cut into tokens at some 2 MB/s, while nobody else is answered."""
-    max_choices: int = 2048
-    """Prompts of one request times `n`; the same for all requests at once."""
-    max_logprobs: int = 5
-    max_stop: int = 4
-    timeout_s: float = 600
-    """From the head of a request to the end of its answer, then 503; 0: no limit."""
-    grace_s: int = 10
-    """What requests under way are given to end when the server stops."""
-    cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may call the server; `*`: all."""
-    fullline: fullline.Options = field(default_factory=fullline.Options)
-    """How the surface for editors behaves."""
+_IDLE_S = 0.5
 
 
 class Service:
@@ -68,22 +44,30 @@ class Service:
 
     @asynccontextmanager
     async def running(self, _app: FastAPI) -> AsyncGenerator[None, None]:
-        """Load the model while the server already answers; close it at the end."""
+        """Load the model while the server already answers; close it at the end.
+
+        A model that is being loaded then is not waited for.
+        """
         loading = asyncio.create_task(self._load_model())
         try:
             yield
         finally:
-            await loading
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
             if self._model is not None:
                 await asyncio.to_thread(self._model.close)
 
     async def _load_model(self) -> None:
         try:
-            model = await asyncio.to_thread(self._load)
+            model = await asyncio.wrap_future(in_background(self._load))
             self.fingerprint = await asyncio.to_thread(fingerprint, model)
             model.on_submit = record.note_requests
             self._model = model
-            await asyncio.to_thread(model.prepare)  # while it may complete already
+            # It may complete already: whoever waited for that comes first.
+            await asyncio.sleep(_IDLE_S)
+            while self.num_requests:
+                await asyncio.sleep(_IDLE_S)
+            await asyncio.wrap_future(in_background(model.prepare))
         except Exception as error:
             self.failure = error
             self.on_failure()
