@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import drafts, harness, infill, peers, quality, search, server, soak
+from benchmarks import drafts, harness, infill, peers, quality, search, server, soak, start
 from fullbeam import _core
 
 
@@ -74,6 +74,7 @@ def main() -> int:
     suite.set_defaults(run=run_ops)
     suites.add_parser("peers", help="fullbeam beside other runtimes on the same model")
     suites.add_parser("server", help="`fullbeam serve` beside llama.cpp's server")
+    suites.add_parser("start", help="from the start of `fullbeam serve` to its first token")
     suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
     suites.add_parser("search", help="what beam search costs beside drawing as many rows")
     suites.add_parser("drafts", help="tokens per second with and without drafts")
@@ -82,6 +83,7 @@ def main() -> int:
     modules = {
         "peers": peers,
         "server": server,
+        "start": start,
         "quality": quality,
         "search": search,
         "drafts": drafts,
