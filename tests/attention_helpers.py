@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fullbeam import ops, reference
-from op_helpers import Array, PagedKv, paged_kv
+from op_helpers import Array, PagedKv, as_activation, paged_kv, wide
 
 # num_q_heads, num_kv_heads, head_dim, page_size, window, softcap, dtype of the pages
 CASES = [
@@ -28,11 +28,46 @@ CASES = [
     (72, 1, 16, 16, 0, 0.0, "float32"),
 ]
 
+# For tensor cores: the head sizes that have kernels of their own, and some that are padded; groups
+# of 1 to 8, and more rows than one warp, or one block, has. float16 and bfloat16 are both run.
+# num_q_heads, num_kv_heads, head_dim, page_size, window, softcap
+HALF_CASES = [
+    (1, 1, 64, 16, 0, 0.0),
+    (4, 2, 80, 16, 40, 2.0),
+    (3, 1, 96, 32, 0, 0.0),
+    (8, 2, 128, 64, 0, 0.0),
+    (5, 1, 128, 128, 33, 0.0),
+    (12, 2, 64, 24, 7, 0.0),
+    (7, 1, 256, 32, 0, 5.0),
+    (8, 1, 48, 16, 0, 0.0),
+    (20, 1, 160, 16, 40, 0.0),
+    (72, 1, 16, 8, 0, 0.0),
+]
+
+
+def halves(q: Array, kv: PagedKv, dtype: str) -> tuple[Any, PagedKv]:
+    """Queries and pages of that dtype."""
+    pages = (as_activation(pages, dtype) for pages in (kv.k_pages, kv.v_pages))
+    return as_activation(q, dtype), PagedKv(*pages, kv.page_table, kv.seq_lens)
+
+
+def widened(q: Any, kv: PagedKv) -> tuple[Array, PagedKv]:
+    """The numbers of `halves` in float32."""
+    pages = (wide(pages).astype(np.float32) for pages in (kv.k_pages, kv.v_pages))
+    return wide(q).astype(np.float32), PagedKv(*pages, kv.page_table, kv.seq_lens)
+
 
 def naive(
-    q: Array, kv: PagedKv, query_starts: Any, *, scale: float, window: int = 0, softcap: float = 0.0
+    q: Array,
+    kv: PagedKv,
+    query_starts: Any,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    weights_dtype: str = "float32",
 ) -> Array:
-    """The definition, one query row at a time, in float32."""
+    """The definition, one query row at a time, in float32, softmax weights rounded to a dtype."""
     out = np.zeros(q.shape, np.float32)
     num_kv_heads, page_size = kv.k_pages.shape[1:3]
     for seq, seq_len in enumerate(kv.seq_lens.tolist()):
@@ -51,7 +86,8 @@ def naive(
                 if softcap:
                     scores = np.float32(softcap) * np.tanh(scores / np.float32(softcap))
                 weights = np.exp(scores - scores.max())
-                out[token, head] = weights @ values[seen, kv_head] / weights.sum()
+                rounded = wide(as_activation(weights, weights_dtype)).astype(np.float32)
+                out[token, head] = rounded @ values[seen, kv_head] / weights.sum()
     return out
 
 
@@ -97,6 +133,16 @@ class Searches:
         return reference.attention_decode(
             q, kv.k_pages, kv.v_pages, kv.page_table, kv.seq_lens, **self.slots, **options
         )
+
+    def rounded(self, dtype: str) -> tuple[Searches, Searches]:
+        """With pages of that dtype, and with the same numbers in float32."""
+        none = np.zeros((0, 1, 1), np.float32)
+        pairs = []
+        for kv in (self.kv, self.chains):
+            narrow = halves(none, kv, dtype)[1]
+            pairs.append((narrow, widened(none, narrow)[1]))
+        (kv, wide_kv), (chains, wide_chains) = pairs
+        return Searches(kv, self.slots, chains), Searches(wide_kv, self.slots, wide_chains)
 
     def only(self, seq: int, rows: list[int]) -> Searches:
         """One of the sequences, with these of its rows."""

@@ -232,7 +232,8 @@ inline void begin_rows(const AttentionPrefillParams& p, const QueryRows& rows,
                        const AttentionBlock& b) {
   const std::int64_t dim = p.head_dim;
   for (std::int64_t row = 0; row < rows.count(); ++row) {
-    const float* q = p.q + (rows.token_begin + row / rows.num_heads) * p.q_stride +
+    const float* q = static_cast<const float*>(p.q) +
+                     (rows.token_begin + row / rows.num_heads) * p.q_stride +
                      (rows.head_begin + row % rows.num_heads) * dim;
     for (std::int64_t i = 0; i < dim; ++i) {
       b.q[row * dim + i] = q[i] * p.scale;
@@ -285,7 +286,8 @@ inline void finish_rows(const AttentionPrefillParams& p, const QueryRows& rows,
                         const AttentionBlock& b) {
   const std::int64_t dim = p.head_dim;
   for (std::int64_t row = 0; row < rows.count(); ++row) {
-    float* out = p.out + (rows.token_begin + row / rows.num_heads) * p.out_stride +
+    float* out = static_cast<float*>(p.out) +
+                 (rows.token_begin + row / rows.num_heads) * p.out_stride +
                  (rows.head_begin + row % rows.num_heads) * dim;
     const F32 sum = set1(b.sums[row]);
     for (std::int64_t i = 0; i < dim; i += kLanes)

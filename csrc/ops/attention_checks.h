@@ -13,12 +13,12 @@ inline void check_attention(Check& check, const Tensor& q, const Tensor& k_pages
                             const Tensor& v_pages, const Tensor& page_table, const Tensor& seq_lens,
                             const Tensor& out, float scale, std::int64_t window, float softcap,
                             AttentionPrefillParams& p) {
-  check.tensor("q", q, {"num_tokens", "num_q_heads", "head_dim"}, {DType::f32}, false);
+  check.activation("q", q, {"num_tokens", "num_q_heads", "head_dim"});
   check.pages("k_pages", k_pages, {DType::f32, DType::f16, DType::bf16});
   check.pages("v_pages", v_pages, {k_pages.dtype});
   check.tensor("page_table", page_table, {"num_seqs", "max_pages"}, {DType::i32});
   check.tensor("seq_lens", seq_lens, {"num_seqs"}, {DType::i32});
-  check.tensor("out", out, {"num_tokens", "num_q_heads", "head_dim"}, {DType::f32}, false);
+  check.activation("out", out, {"num_tokens", "num_q_heads", "head_dim"});
   check.writable("out", out);
   p.num_tokens = check.size("num_tokens");
   p.num_seqs = check.size("num_seqs");
@@ -42,17 +42,18 @@ inline void check_attention(Check& check, const Tensor& q, const Tensor& k_pages
   check.require(window >= 0, "window", "at least 0", std::to_string(window));
   check.require(softcap >= 0 && std::isfinite(softcap), "softcap", "finite and at least 0",
                 std::to_string(softcap));
-  p.q = static_cast<const float*>(q.data);
+  p.q = q.data;
   p.k_pages = k_pages.data;
   p.k_page_stride = k_pages.strides[0];
   p.v_page_stride = v_pages.strides[0];
   p.v_pages = v_pages.data;
   p.page_table = static_cast<const std::int32_t*>(page_table.data);
   p.seq_lens = static_cast<const std::int32_t*>(seq_lens.data);
-  p.out = static_cast<float*>(out.data);
+  p.out = out.data;
   p.scale = scale;
   p.softcap = softcap;
   p.window = window;
+  p.dtype = q.dtype;
   p.kv_dtype = k_pages.dtype;
   p.q_stride = q.strides[0];
   p.out_stride = out.strides[0];

@@ -10,16 +10,16 @@ namespace fullbeam {
 // softcap > 0, else scale * q.k; a query at position p sees keys max(0, p - window + 1) .. p, all
 // up to p where window is 0.
 struct AttentionPrefillParams {
-  const float* q;                  // [num_tokens, num_q_heads, head_dim]
+  const void* q;                   // [num_tokens, num_q_heads, head_dim], dtype
   const void* k_pages;             // [num_pages, num_kv_heads, page_size, head_dim], kv_dtype
   const void* v_pages;             // likewise
   const std::int32_t* page_table;  // [num_seqs, max_pages]; entries beyond seq_lens are never read
   const std::int32_t* seq_lens;    // [num_seqs]
   const std::int32_t*
       query_starts;  // [num_seqs + 1]; nullptr: row i is the only query of sequence i
-  float* out;        // [num_tokens, num_q_heads, head_dim]
+  void* out;         // [num_tokens, num_q_heads, head_dim], dtype
   float scale, softcap;
-  DType kv_dtype;
+  DType dtype, kv_dtype;
   std::int64_t num_tokens, num_seqs, num_pages, max_pages, page_size, num_q_heads, num_kv_heads,
       head_dim, window;
   std::int64_t q_stride, out_stride;          // per token, in elements

@@ -273,10 +273,12 @@ def attention_prefill(
 
     Notes
     -----
-    A query's result is the same bits in any chunk and batch, and from `attention_decode`.
+    A query's result is the same bits in any chunk and batch, and from `attention_decode` (on CUDA
+    as long as it sees at most 256 keys). On CUDA, ``q`` of the pages' float16 or bfloat16 goes to
+    the tensor cores, which round the softmax weights to that dtype; else all is in float32.
     """
     if out is None:
-        out = _new(q, tuple(q.shape))
+        out = _new_activation(q, tuple(q.shape))
     _core.attention_prefill(
         q, k_pages, v_pages, page_table, seq_lens, query_starts, out, scale, window, softcap
     )
@@ -343,7 +345,7 @@ def attention_decode(
     other slots, or in a plain sequence, give the same up to rounding.
     """
     if out is None:
-        out = _new(q, tuple(q.shape))
+        out = _new_activation(q, tuple(q.shape))
     _core.attention_decode(
         q, k_pages, v_pages, page_table, seq_lens, query_starts, slot_starts, num_slots, visible,
         slot_positions, positions, out, scale, window, softcap,

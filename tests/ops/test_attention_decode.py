@@ -6,11 +6,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attention_helpers import CASES, naive, searches
+from attention_helpers import CASES, HALF_CASES, halves, naive, searches, widened
+from backends import CPU, CUDA
 from fullbeam import ops, reference
-from op_helpers import Array, PagedKv, assert_accurate, guarded, num_threads, paged_kv
+from op_helpers import (
+    HALF_DTYPES,
+    Array,
+    PagedKv,
+    as_activation,
+    assert_accurate,
+    guarded,
+    num_threads,
+    paged_kv,
+    wide,
+)
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def decode(q: Array, kv: PagedKv, **options: Any) -> Any:
@@ -209,6 +220,24 @@ def test_attention_decode_of_searches_takes_bfloat16_pages(rng: Any) -> None:
     np.testing.assert_array_equal(narrow_out, wide_out)
 
 
+def run_with(rng: Any, changes: dict[str, Any]) -> None:
+    kv = paged_kv(rng, [120])
+    values: dict[str, Any] = {
+        "query_starts": [0, 4],
+        "slot_starts": [48],
+        "num_slots": [64],
+        "visible": np.ones((4, 2), np.uint32),
+        "slot_positions": np.zeros((1, 64), np.int32),
+        "positions": [40] * 4,
+    }
+    arrays = {
+        key: np.array(item, np.int32) if isinstance(item, list) else item
+        for key, item in (values | changes).items()
+    }
+    q, lens = np.zeros((4, 4, 32), np.float32), np.array([40], np.int32)
+    decode(q, PagedKv(kv.k_pages, kv.v_pages, kv.page_table, lens), scale=1, **arrays)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -219,6 +248,26 @@ def test_attention_decode_of_searches_takes_bfloat16_pages(rng: Any) -> None:
             "query_starts must be given with slot_starts, .*, got it without one of them",
         ),
         ("query_starts", [0, 3, 4], r"query_starts must be \[2\], got \[3\]"),
+        (
+            "visible",
+            np.zeros((3, 2), np.uint32),
+            r"visible must be \[num_tokens=4, num_words\], .*",
+        ),
+        ("slot_positions", np.zeros((1, 32), np.int32), r"slot_positions must be .* 64\], got .*"),
+    ],
+)
+def test_attention_decode_refuses_searches_that_do_not_fit(
+    rng: Any, name: str, value: Any, message: str
+) -> None:
+    run_with(rng, {})
+    with pytest.raises(ValueError, match=f"^attention_decode: {message}$"):
+        run_with(rng, {name: value})
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)  # CUDA doesn't read what arrays hold
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
         ("query_starts", [0, 3], "query_starts must be num_tokens=4 at its end, got 3"),
         (
             "slot_starts",
@@ -230,43 +279,202 @@ def test_attention_decode_of_searches_takes_bfloat16_pages(rng: Any) -> None:
         ("num_slots", [-1], "num_slots must be at least 0, got -1"),
         ("num_slots", [65], r"num_slots must be in 0..32 \* num_words=64, got 65"),
         ("num_slots", [0], "query_starts must be at most one row apart for a sequence .*, got 4"),
-        (
-            "visible",
-            np.zeros((3, 2), np.uint32),
-            r"visible must be \[num_tokens=4, num_words\], .*",
-        ),
-        ("slot_positions", np.zeros((1, 32), np.int32), r"slot_positions must be .* 64\], got .*"),
         ("positions", [40, 40, 39, 40], "positions must be at least .* seq_lens=40, got 39"),
     ],
 )
-def test_attention_decode_refuses_searches_that_do_not_fit(
+def test_attention_decode_refuses_searches_that_hold_what_does_not_fit(
     rng: Any, name: str, value: Any, message: str
 ) -> None:
-    kv = paged_kv(rng, [120])
-    slots: dict[str, Any] = {
-        "query_starts": [0, 4],
-        "slot_starts": [48],
-        "num_slots": [64],
-        "visible": np.ones((4, 2), np.uint32),
-        "slot_positions": np.zeros((1, 64), np.int32),
-        "positions": [40] * 4,
-    }
-
-    def run(values: dict[str, Any]) -> Any:
-        arrays = {
-            key: np.array(item, np.int32) if isinstance(item, list) else item
-            for key, item in values.items()
-        }
-        q, lens = np.zeros((4, 4, 32), np.float32), np.array([40], np.int32)
-        return decode(q, PagedKv(kv.k_pages, kv.v_pages, kv.page_table, lens), scale=1, **arrays)
-
-    run(slots)
+    run_with(rng, {})
     with pytest.raises(ValueError, match=f"^attention_decode: {message}$"):
-        run(slots | {name: value})
+        run_with(rng, {name: value})
 
 
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_attention_decode_refuses_a_slot_outside_the_cache(rng: Any) -> None:
     alone = searches(rng, [(40, 3, 9)])
     alone.kv.page_table[0, alone.slots["slot_starts"][0] // 16] = 2**31 - 1
     with pytest.raises(ValueError, match=r"page_table must be in 0\.\..*, got 2147483647$"):
         alone.decode(np.zeros((3, 4, 32), np.float32), scale=1.0)
+
+
+# ---- CUDA: halves, on tensor cores; chunks of keys, which several blocks take
+
+on_cuda = pytest.mark.parametrize("backend", CUDA, indirect=True)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("case", HALF_CASES)
+def test_attention_decode_of_halves_is_accurate(rng: Any, case: Any, dtype: str) -> None:
+    num_q_heads, num_kv_heads, head_dim, page_size, window, softcap = case
+    lens = [1, 31, 63, 64, 65, page_size - 1, page_size + 1, 257, 600]
+    kv = paged_kv(rng, lens, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size)
+    q, kv = halves(rng.standard_normal((len(lens), num_q_heads, head_dim)), kv, dtype)
+    options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
+    wide_q, wide_kv = widened(q, kv)
+    pages = wide_kv.k_pages, wide_kv.v_pages
+    oracle = reference.attention_decode(wide_q, *pages, kv.page_table, kv.seq_lens, **options)
+    alone = naive(wide_q, wide_kv, range(len(lens) + 1), **options, weights_dtype=dtype)
+    if dtype == "float16":
+        with guarded(q.shape, dtype) as out:
+            assert_accurate(decode(q, kv, out=out, **options), oracle, alone)
+    else:
+        assert_accurate(decode(q, kv, **options), oracle, alone)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("case", HALF_CASES[1::2])
+def test_attention_decode_of_halves_of_searches_is_accurate(
+    rng: Any, case: Any, dtype: str
+) -> None:
+    num_q_heads, num_kv_heads, head_dim, page_size, window, softcap = case
+    shapes = [(40, 5, 12), (270, 3, 9), (129, 8, 60), (1, 1, 0), (0, 4, 3)]
+    several = searches(
+        rng, shapes, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size
+    )
+    narrow, several = several.rounded(dtype)
+    num_rows = len(several.chains.seq_lens)
+    q = as_activation(rng.standard_normal((num_rows, num_q_heads, head_dim)), dtype)
+    wide_q = wide(q).astype(np.float32)
+    options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
+    oracle = several.oracle(wide_q, **options)
+    chains = naive(wide_q, several.chains, range(num_rows + 1), **options, weights_dtype=dtype)
+    assert_accurate(narrow.decode(q, **options), oracle, chains)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("window", [0, 20])
+def test_attention_decode_of_a_row_of_halves_ignores_the_other_rows(
+    rng: Any, window: int, dtype: str
+) -> None:
+    several = searches(rng, [(40, 5, 12), (300, 1, 0), (260, 8, 70)]).rounded(dtype)[0]
+    starts = several.slots["query_starts"]
+    q = rng.standard_normal((starts[-1], 8, 32)).astype(dtype)
+    together = several.decode(q, scale=0.2, window=window)
+    for seq, row in ((0, 0), (0, 4), (1, 0), (2, 3), (2, 7)):
+        own = starts[seq] + row
+        alone = several.only(seq, [row]).decode(q[own : own + 1], scale=0.2, window=window)
+        np.testing.assert_array_equal(alone[0], together[own])
+
+
+@on_cuda
+@pytest.mark.parametrize("num_beams", [2, 6, 20])
+def test_attention_decode_of_a_row_of_halves_ignores_slots_that_only_others_see(
+    rng: Any, num_beams: int
+) -> None:
+    several = searches(rng, [(40, num_beams, 25)]).rounded("float16")[0]
+    q = rng.standard_normal((num_beams, 4, 32)).astype(np.float16)
+    before = several.decode(q, scale=0.2)
+    slots = np.arange(several.slots["num_slots"][0])
+    bits = several.slots["visible"][:, slots // 32] >> (slots % 32).astype(np.uint32) & 1
+    slot = slots[bits.sum(axis=0) == 1][0]
+    page, offset = several.slot_pages(0, slot)
+    sees = bits[:, slot] == 1
+    k, v = several.kv.k_pages[page, :, offset], several.kv.v_pages[page, :, offset]
+    kept = v.copy()
+    for poison in (np.nan, np.inf, -np.inf):
+        v[:, 3] = poison
+        after = several.decode(q, scale=0.2)
+        np.testing.assert_array_equal(after[~sees], before[~sees])
+        assert not np.isfinite(after[sees][..., 3]).any()
+        others = np.arange(32) != 3
+        np.testing.assert_array_equal(after[sees][..., others], before[sees][..., others])
+    v[:] = kept
+    k[:] = np.nan
+    after = several.decode(q, scale=0.2)
+    assert np.isnan(after[sees]).all()
+    np.testing.assert_array_equal(after[~sees], before[~sees])
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("window", [0, 300])
+def test_attention_decode_in_chunks_is_the_same_bits_in_any_batch(
+    rng: Any, dtype: str, window: int
+) -> None:
+    lens = [300, 5, 1100, 512, 256, 257, 900]
+    kv = paged_kv(rng, lens)
+    q, kv = halves(rng.standard_normal((len(lens), 8, 32)), kv, dtype)
+    together = decode(q, kv, scale=0.2, window=window)
+    np.testing.assert_array_equal(decode(q, kv, scale=0.2, window=window), together)
+    for seq in range(len(lens)):
+        one = slice(seq, seq + 1)
+        alone = PagedKv(kv.k_pages, kv.v_pages, kv.page_table[one], kv.seq_lens[one])
+        np.testing.assert_array_equal(
+            decode(q[one], alone, scale=0.2, window=window), together[one]
+        )
+    wide_q, wide_kv = widened(q, kv)
+    oracle = reference.attention_decode(
+        wide_q, wide_kv.k_pages, wide_kv.v_pages, kv.page_table, kv.seq_lens,
+        scale=0.2, window=window,
+    )  # fmt: skip
+    options: dict[str, Any] = {"scale": 0.2, "window": window, "weights_dtype": dtype}
+    assert_accurate(together, oracle, naive(wide_q, wide_kv, range(len(lens) + 1), **options))
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_attention_decode_is_the_same_bits_on_any_number_of_multiprocessors(rng: Any) -> None:
+    kv = paged_kv(rng, [700, 40, 1, 300] * 3)
+    q, kv = halves(rng.standard_normal((12, 4, 32)), kv, "float16")
+    expected = decode(q, kv, scale=0.2)
+    for num_sms in (1, 2, 7, 132):
+        ops._core.emulate_set_device(9, 0, num_sms)
+        np.testing.assert_array_equal(decode(q, kv, scale=0.2), expected)
+
+
+@on_cuda
+def test_attention_decode_of_more_than_64_chunks_is_accurate(rng: Any) -> None:
+    kv = paged_kv(rng, [64 * 256 + 100], num_kv_heads=1, head_dim=16)
+    q, kv = halves(rng.standard_normal((1, 2, 16)), kv, "float16")
+    wide_q, wide_kv = widened(q, kv)
+    pages = wide_kv.k_pages, wide_kv.v_pages
+    oracle = reference.attention_decode(wide_q, *pages, kv.page_table, kv.seq_lens, scale=1.0)
+    alone = naive(wide_q, wide_kv, [0, 1], scale=1.0, weights_dtype="float16")
+    assert_accurate(decode(q, kv, scale=1.0), oracle, alone)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_attention_decode_takes_any_scale(rng: Any, dtype: str, scale: float) -> None:
+    kv = paged_kv(rng, [70, 9])
+    q, kv = halves(rng.standard_normal((2, 4, 32)), kv, dtype)
+    wide_q, wide_kv = widened(q, kv)
+    pages = wide_kv.k_pages, wide_kv.v_pages
+    oracle = reference.attention_decode(wide_q, *pages, kv.page_table, kv.seq_lens, scale=scale)
+    alone = naive(wide_q, wide_kv, range(3), scale=scale, weights_dtype=dtype)
+    assert_accurate(decode(q, kv, scale=scale), oracle, alone)
+
+
+@on_cuda
+def test_attention_decode_takes_halves_at_odd_addresses(rng: Any) -> None:
+    kv = paged_kv(rng, [100, 9])
+    q, kv = halves(rng.standard_normal((2, 4, 32)), kv, "float16")
+    num_pages, size = len(kv.k_pages), kv.k_pages[0].size
+    apart = np.full((2, num_pages, size + 3), np.nan, np.float16)
+    apart[:, :, :size] = [kv.k_pages.reshape(num_pages, -1), kv.v_pages.reshape(num_pages, -1)]
+    views = [
+        np.lib.stride_tricks.as_strided(
+            pages, kv.k_pages.shape, (2 * (size + 3), *kv.k_pages.strides[1:])
+        )
+        for pages in apart
+    ]
+    odd = PagedKv(*views, kv.page_table, kv.seq_lens)
+    aligned, unaligned = decode(q, kv, scale=0.2), decode(q, odd, scale=0.2)
+    np.testing.assert_allclose(unaligned, aligned, rtol=2**-8, atol=2**-10)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_attention_decode_stays_inside_the_cache(rng: Any, dtype: str) -> None:
+    kv = paged_kv(rng, [100, 40, 30])
+    q, kv = halves(rng.standard_normal((3, 4, 32)), kv, dtype)
+    before = decode(q, kv, scale=0.2)
+    kv.page_table[0, 2], kv.page_table[0, 3] = 2**31 - 1, -1
+    kv.seq_lens[2] = 2**31 - 1  # of pages that are not there
+    after = decode(q, kv, scale=0.2)
+    assert np.isfinite(after[0]).all()
+    np.testing.assert_array_equal(after[1], before[1])

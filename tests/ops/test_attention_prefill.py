@@ -7,11 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attention_helpers import CASES, naive
+from attention_helpers import CASES, HALF_CASES, halves, naive, widened
+from backends import CUDA
 from fullbeam import ops, reference
-from op_helpers import Array, PagedKv, assert_accurate, guarded, num_threads, paged_kv
+from op_helpers import (
+    HALF_DTYPES,
+    Array,
+    PagedKv,
+    assert_accurate,
+    guarded,
+    num_threads,
+    paged_kv,
+)
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def prefill(q: Array, kv: PagedKv, query_starts: Any, **options: Any) -> Any:
@@ -141,3 +150,72 @@ def test_attention_prefill_refuses_what_does_not_fit(rng: Any) -> None:
     narrow = paged_kv(rng, [20], head_dim=24)
     with pytest.raises(ValueError, match=r"^attention_prefill: head_dim must be a multiple of 16"):
         prefill(np.zeros((5, 4, 24), np.float32), narrow, [0, 5], scale=1.0)
+
+
+# ---- CUDA: halves, on tensor cores
+
+on_cuda = pytest.mark.parametrize("backend", CUDA, indirect=True)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("case", HALF_CASES)
+def test_attention_prefill_of_halves_is_accurate(rng: Any, case: Any, dtype: str) -> None:
+    num_q_heads, num_kv_heads, head_dim, page_size, window, softcap = case
+    seq_lens, num_queries = [1, 33, 70, 64, 17, 129], [1, 33, 3, 64, 5, 31]
+    kv = paged_kv(rng, seq_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size)
+    starts = np.concatenate([[0], np.cumsum(num_queries)]).astype(np.int32)
+    q, kv = halves(rng.standard_normal((starts[-1], num_q_heads, head_dim)), kv, dtype)
+    options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
+    wide_q, wide_kv = widened(q, kv)
+    expected = oracle(wide_q, wide_kv, starts, **options)
+    alone = naive(wide_q, wide_kv, starts, **options, weights_dtype=dtype)
+    if dtype == "float16":
+        with guarded(q.shape, dtype) as out:
+            assert_accurate(prefill(q, kv, starts, out=out, **options), expected, alone)
+    else:
+        assert_accurate(prefill(q, kv, starts, **options), expected, alone)
+
+
+@on_cuda
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("head_dim", [64, 160])
+def test_attention_prefill_of_halves_in_chunks_is_the_same_bits(
+    rng: Any, window: int, head_dim: int
+) -> None:
+    kv = paged_kv(rng, [150], num_kv_heads=1, head_dim=head_dim)
+    q, kv = halves(rng.standard_normal((150, 3, head_dim)), kv, "float16")
+    options = {"scale": 0.2, "window": window}
+    whole = prefill(q, kv, [0, 150], **options)
+    for edges in ([0, 64, 128, 150], [0, 1, 2, 33, 100, 149, 150]):
+        for begin, end in itertools.pairwise(edges):
+            part = prefill(q[begin:end], shortened(kv, [end]), [0, end - begin], **options)
+            np.testing.assert_array_equal(part, whole[begin:end])
+    for position in (0, 63, 64, 149):
+        alone, one = shortened(kv, [position + 1]), slice(position, position + 1)
+        out = ops.attention_decode(
+            q[one], alone.k_pages, alone.v_pages, alone.page_table, alone.seq_lens, **options
+        )
+        np.testing.assert_array_equal(out, whole[one])
+
+
+@on_cuda
+def test_attention_prefill_takes_halves_inside_a_wider_row(rng: Any) -> None:
+    kv = paged_kv(rng, [40, 9])
+    qkv, kv = halves(rng.standard_normal((20, 12, 32)), kv, "float16")
+    starts = [0, 11, 20]
+    out = prefill(qkv[:, :4], kv, starts, scale=-0.2)
+    np.testing.assert_array_equal(out, prefill(qkv[:, :4].copy(), kv, starts, scale=-0.2))
+    np.testing.assert_array_equal(out, prefill(-qkv[:, :4], kv, starts, scale=0.2))
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_attention_prefill_stays_inside_the_cache(rng: Any, dtype: str) -> None:
+    kv = paged_kv(rng, [100, 40])
+    q, kv = halves(rng.standard_normal((80, 4, 32)), kv, dtype)
+    before = prefill(q, kv, [0, 50, 80], scale=0.2)
+    kv.page_table[0, 2], kv.page_table[0, 3] = 2**31 - 1, -1
+    after = prefill(q, kv, [0, 50, 80], scale=0.2)
+    assert np.isfinite(after).all()
+    np.testing.assert_array_equal(after[50:], before[50:])
