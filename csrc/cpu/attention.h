@@ -62,8 +62,8 @@ struct AttentionBlock {
 };
 
 // c[rows, cols] (+)= a[rows, n] * b[n, cols], sums in order of n: the same bits in every tile.
-template <int kRows, int kCols, bool kAdd>
-FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const float* b,
+template <int kRows, int kCols, bool kAdd, class T>
+FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const T* b,
                                    std::int64_t b_stride, std::int64_t n, float* c,
                                    std::int64_t c_stride) {
   constexpr int kParts = kCols / kLanes;
@@ -92,10 +92,9 @@ FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const 
   }
 }
 
-template <int kRows, bool kAdd>
-inline void multiply_rows(const float* a, std::int64_t a_stride, const float* b,
-                          std::int64_t b_stride, std::int64_t n, std::int64_t num_cols, float* c,
-                          std::int64_t c_stride) {
+template <int kRows, bool kAdd, class T>
+inline void multiply_rows(const float* a, std::int64_t a_stride, const T* b, std::int64_t b_stride,
+                          std::int64_t n, std::int64_t num_cols, float* c, std::int64_t c_stride) {
   std::int64_t col = 0;
   for (; col + kRegCols <= num_cols; col += kRegCols)
     multiply_tile<kRows, kRegCols, kAdd>(a, a_stride, b + col, b_stride, n, c + col, c_stride);
@@ -104,8 +103,8 @@ inline void multiply_rows(const float* a, std::int64_t a_stride, const float* b,
 }
 
 // kRows rows at a time, then the rest; num_cols is a multiple of kMinCols.
-template <bool kAdd, int kRows = kRegRows>
-void multiply(std::int64_t num_rows, const float* a, std::int64_t a_stride, const float* b,
+template <bool kAdd, int kRows = kRegRows, class T>
+void multiply(std::int64_t num_rows, const float* a, std::int64_t a_stride, const T* b,
               std::int64_t b_stride, std::int64_t n, std::int64_t num_cols, float* c,
               std::int64_t c_stride) {
   for (; num_rows >= kRows; num_rows -= kRows, a += kRows * a_stride, c += kRows * c_stride)
@@ -124,45 +123,73 @@ inline std::int64_t page_offset(const AttentionPrefillParams& p, const std::int3
   return page * page_stride + (kv_head * p.page_size + position % p.page_size) * p.head_dim;
 }
 
-// out[j * kTileKeys + r] = rows[r][begin + j], eight by eight.
-template <class T>
-inline void transpose_8x8(const T* const* rows, std::int64_t begin, float* out) {
+// out[j * kTileKeys + r] = rows[r][begin + j], eight rows, kTransposed columns.
 #if defined(FULLBEAM_ISA_portable)
+constexpr int kTransposed = 8;
+template <class T>
+inline void transpose(const T* const* rows, std::int64_t begin, float* out) {
   for (int r = 0; r < 8; ++r) {
     for (int j = 0; j < 8; ++j) out[j * kTileKeys + r] = to_float(rows[r][begin + j]);
   }
+}
 #else
-  __m256 a[8], b[8];
-  for (int r = 0; r < 8; ++r) a[r] = load_8(rows[r] + begin);
-  for (int r = 0; r < 8; r += 2) {  // pairs of rows, pairs of columns
-    b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
-    b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+constexpr int kTransposed = 16;
+// Values of 16 bits change places before they are widened: half the shuffles.
+template <class T>
+inline void transpose(const T* const* rows, std::int64_t begin, float* out) {
+  static_assert(sizeof(T) == 2);
+  __m256i a[8], b[8];
+  for (int r = 0; r < 8; ++r)
+    a[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + begin));
+  for (int r = 0; r < 8; r += 2) {  // pairs of rows; low and high 8 columns stay apart
+    b[r] = _mm256_unpacklo_epi16(a[r], a[r + 1]);
+    b[r + 1] = _mm256_unpackhi_epi16(a[r], a[r + 1]);
   }
   for (int r = 0; r < 8; r += 4) {  // four rows
-    a[r] = _mm256_shuffle_ps(b[r], b[r + 2], 0x44);
-    a[r + 1] = _mm256_shuffle_ps(b[r], b[r + 2], 0xee);
-    a[r + 2] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0x44);
-    a[r + 3] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0xee);
+    a[r] = _mm256_unpacklo_epi32(b[r], b[r + 2]);
+    a[r + 1] = _mm256_unpackhi_epi32(b[r], b[r + 2]);
+    a[r + 2] = _mm256_unpacklo_epi32(b[r + 1], b[r + 3]);
+    a[r + 3] = _mm256_unpackhi_epi32(b[r + 1], b[r + 3]);
   }
-  for (int r = 0; r < 4; ++r) {  // all eight
-    _mm256_storeu_ps(out + r * kTileKeys, _mm256_permute2f128_ps(a[r], a[r + 4], 0x20));
-    _mm256_storeu_ps(out + (r + 4) * kTileKeys, _mm256_permute2f128_ps(a[r], a[r + 4], 0x31));
+  for (int r = 0; r < 4; ++r) {  // all eight: columns 2 r and 2 r + 1
+    const __m256i even = _mm256_unpacklo_epi64(a[r], a[r + 4]),
+                  odd = _mm256_unpackhi_epi64(a[r], a[r + 4]);
+    float* column = out + 2 * r * kTileKeys;
+    _mm256_storeu_ps(column, widen_8<T>(_mm256_castsi256_si128(even)));
+    _mm256_storeu_ps(column + kTileKeys, widen_8<T>(_mm256_castsi256_si128(odd)));
+    _mm256_storeu_ps(column + 8 * kTileKeys, widen_8<T>(_mm256_extracti128_si256(even, 1)));
+    _mm256_storeu_ps(column + 9 * kTileKeys, widen_8<T>(_mm256_extracti128_si256(odd, 1)));
   }
-#endif
 }
+template <>
+inline void transpose<float>(const float* const* rows, std::int64_t begin, float* out) {
+  for (int half = 0; half < 2; ++half, begin += 8, out += 8 * kTileKeys) {
+    __m256 a[8], b[8];
+    for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(rows[r] + begin);
+    for (int r = 0; r < 8; r += 2) {
+      b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
+      b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4) {
+      a[r] = _mm256_shuffle_ps(b[r], b[r + 2], 0x44);
+      a[r + 1] = _mm256_shuffle_ps(b[r], b[r + 2], 0xee);
+      a[r + 2] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0x44);
+      a[r + 3] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0xee);
+    }
+    for (int r = 0; r < 4; ++r) {
+      _mm256_storeu_ps(out + r * kTileKeys, _mm256_permute2f128_ps(a[r], a[r + 4], 0x20));
+      _mm256_storeu_ps(out + (r + 4) * kTileKeys, _mm256_permute2f128_ps(a[r], a[r + 4], 0x31));
+    }
+  }
+}
+#endif
 
-// Keys [first, first + count) of one sequence and KV head as float32; the rest of the tile is not
-// to be used.
+// Keys [first, first + count) of one sequence and KV head as float32, transposed; the rest of the
+// tile is not to be used.
 template <class T>
-void load_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
+void load_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
                std::int64_t kv_head, std::int64_t first, std::int64_t count,
                const AttentionBlock& b) {
-  const std::int64_t dim = p.head_dim;
-  for (std::int64_t key = 0; key < count; ++key) {
-    const std::int64_t at = page_offset(p, page_table, p.v_page_stride, kv_head, first + key);
-    const T* v = static_cast<const T*>(p.v_pages) + at;
-    for (std::int64_t i = 0; i < dim; i += kLanes) store(b.v_tile + key * dim + i, load(v + i));
-  }
   for (std::int64_t key = 0; key < kTileKeys; key += 8) {
     const T* k[8];
     for (std::int64_t j = 0; j < 8; ++j) {
@@ -172,7 +199,41 @@ void load_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
       k[j] = static_cast<const T*>(p.k_pages) +
              page_offset(p, page_table, p.k_page_stride, kv_head, first + wanted);
     }
-    for (std::int64_t i = 0; i < dim; i += 8) transpose_8x8(k, i, b.k_tile + i * kTileKeys + key);
+    for (std::int64_t i = 0; i < p.head_dim; i += kTransposed)
+      transpose(k, i, b.k_tile + i * kTileKeys + key);
+  }
+}
+
+// The values of the same keys: where they lie, if that is in one piece and so few rows meet them
+// that each is widened once all the same; else null, and as float32 in v_tile.
+template <class T>
+const T* load_values(const AttentionPrefillParams& p, const std::int32_t* page_table,
+                     std::int64_t kv_head, std::int64_t first, std::int64_t count,
+                     std::int64_t num_rows, const AttentionBlock& b) {
+  const std::int64_t dim = p.head_dim;
+  const T* pages = static_cast<const T*>(p.v_pages);
+  if (num_rows <= kRegRows && first % p.page_size + count <= p.page_size)
+    return pages + page_offset(p, page_table, p.v_page_stride, kv_head, first);
+  for (std::int64_t key = 0; key < count; ++key) {
+    const T* v = pages + page_offset(p, page_table, p.v_page_stride, kv_head, first + key);
+    for (std::int64_t i = 0; i < dim; i += kLanes) store(b.v_tile + key * dim + i, load(v + i));
+  }
+  return nullptr;
+}
+
+// out of rows [row, row + num_rows) += their weights of keys [key, key + count) of the tile *
+// values.
+template <class T>
+void add_values(const AttentionPrefillParams& p, const T* values, std::int64_t row,
+                std::int64_t num_rows, std::int64_t key, std::int64_t count,
+                const AttentionBlock& b) {
+  const std::int64_t dim = p.head_dim;
+  const float* weights = b.weights + row * kTileKeys + key;
+  float* out = b.out + row * dim;
+  if (values != nullptr) {
+    multiply<true>(num_rows, weights, kTileKeys, values + key * dim, dim, count, dim, out, dim);
+  } else {
+    multiply<true>(num_rows, weights, kTileKeys, b.v_tile + key * dim, dim, count, dim, out, dim);
   }
 }
 
@@ -249,7 +310,7 @@ template <class T>
 void weigh_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
                 const QueryRows& rows, std::int64_t first, std::int64_t count,
                 const AttentionBlock& b) {
-  load_tile<T>(p, page_table, kv_head_of(p, rows), first, count, b);
+  load_keys<T>(p, page_table, kv_head_of(p, rows), first, count, b);
   const std::int64_t num_cols = (count + kMinCols - 1) / kMinCols * kMinCols;
   multiply<false>(rows.count(), b.q, p.head_dim, b.k_tile, kTileKeys, p.head_dim, num_cols,
                   b.weights, kTileKeys);
@@ -277,8 +338,9 @@ void add_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
                                (end < num_keys ? end : num_keys) - first);
     }
     weigh_tile<T>(p, page_table, rows, first, count, b);
-    multiply<true>(rows.count(), b.weights, kTileKeys, b.v_tile, p.head_dim, count, p.head_dim,
-                   b.out, p.head_dim);
+    const T* values =
+        load_values<T>(p, page_table, kv_head_of(p, rows), first, count, rows.count(), b);
+    add_values(p, values, 0, rows.count(), 0, count, b);
   }
 }
 

@@ -27,7 +27,7 @@ std::uint32_t seen_slots(const AttentionDecodeParams& p, std::int64_t s, std::in
 template <class T>
 void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& rows,
                const AttentionBlock& b) {
-  const std::int64_t dim = p.head_dim;
+  const std::int32_t* page_table = p.page_table + s * p.max_pages;
   for (std::int64_t first = 0; first < p.num_slots[s]; first += kTileKeys) {
     const std::int64_t left = p.num_slots[s] - first;
     const std::int64_t count = left < kTileKeys ? left : kTileKeys;
@@ -37,7 +37,9 @@ void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& 
       any |= b.seen[token];
     }
     if (any == 0) continue;
-    weigh_tile<T>(p, p.page_table + s * p.max_pages, rows, p.slot_starts[s] + first, count, b);
+    weigh_tile<T>(p, page_table, rows, p.slot_starts[s] + first, count, b);
+    const T* values = load_values<T>(p, page_table, kv_head_of(p, rows), p.slot_starts[s] + first,
+                                     count, rows.count(), b);
     for (std::int64_t token = 0, next; token < rows.num_tokens; token = next) {
       const std::uint32_t seen = b.seen[token];
       for (next = token + 1; next < rows.num_tokens && b.seen[next] == seen;) ++next;
@@ -46,9 +48,7 @@ void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& 
         const bool is_seen = (seen >> slot & 1u) != 0;
         for (end = slot + 1; end < count && ((seen >> end & 1u) != 0) == is_seen;) ++end;
         if (!is_seen) continue;
-        multiply<true>((next - token) * rows.num_heads, b.weights + row * kTileKeys + slot,
-                       kTileKeys, b.v_tile + slot * dim, dim, end - slot, dim, b.out + row * dim,
-                       dim);
+        add_values(p, values, row, (next - token) * rows.num_heads, slot, end - slot, b);
       }
     }
   }

@@ -200,14 +200,16 @@ inline F32 zero_below(F32 value, F32 x, F32 bound) { return x >= bound ? value :
 #endif
 
 #if !defined(FULLBEAM_ISA_portable)
-// Eight floats, whatever the width of F32.
-[[maybe_unused]] inline __m256 load_8(const float* p) { return _mm256_loadu_ps(p); }
-[[maybe_unused]] inline __m256 load_8(const Half* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+// Eight 16-bit values as floats.
+template <class T>
+inline __m256 widen_8(__m128i bits);
+template <>
+[[maybe_unused]] inline __m256 widen_8<Half>(__m128i bits) {
+  return _mm256_cvtph_ps(bits);
 }
-[[maybe_unused]] inline __m256 load_8(const BFloat* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(
-      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+template <>
+[[maybe_unused]] inline __m256 widen_8<BFloat>(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 #endif
 
