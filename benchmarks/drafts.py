@@ -64,6 +64,7 @@ def cases() -> dict[str, tuple[list[list[str]], int, dict[str, Any]]]:
         "free text, drawn, 1 row": ([[text] for text in FREE], 64, DRAWN),
         "free text, drawn, 16 rows": ([(FREE * 6)[:16]], 48, DRAWN),
         "free text, drawn, 32 rows": ([(FREE * 6)[:32]], 48, DRAWN),
+        "edits, 8 rows": ([(edits * 2)[:8]], 48, {"temperature": 0}),
         "edits, 32 rows": ([(edits * 6)[:32]], 48, {"temperature": 0}),
     }
 

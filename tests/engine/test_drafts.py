@@ -112,7 +112,7 @@ def test_drafts_stop_where_guesses_fail() -> None:
     harness.verify(request)
 
 
-@pytest.mark.parametrize(("num_rows", "drafts"), [(4, True), (24, False)])
+@pytest.mark.parametrize(("num_rows", "drafts"), [(4, True), (13, False)])
 def test_wide_batches_draft_nothing(num_rows: int, drafts: bool) -> None:
     harness = Harness(max_rows=num_rows)
     harness.engine._scheduler._row_cost = 0.15
@@ -211,7 +211,7 @@ def test_counts_and_times_are_per_token() -> None:
 def drafter(prompt: list[int], room: int = 40) -> tuple[Drafter, Any]:
     ids = np.zeros(len(prompt) + room, np.int32)
     ids[: len(prompt)] = prompt
-    return Drafter(index_prompt(ids[: len(prompt)]), len(prompt)), ids
+    return Drafter(index_prompt(ids[: len(prompt)]), ids[: len(prompt)]), ids
 
 
 def guess(prompt: list[int], text: list[int], count: int) -> list[int]:
@@ -287,10 +287,11 @@ def test_allowance_weighs_chance_against_cost() -> None:
     assert Allowance(1, 0.15).take(0.95, 3) == 3
     assert 0 < Allowance(1, 0.15).take(0.5, 15) < 4
     assert Allowance(1, 0.15).take(0.1, 15) == 0
-    assert Allowance(1, 0.75).take(0.9, 15) < 2
+    assert Allowance(1, 0.75).is_spent
     assert Allowance(32, 0.15).is_spent
     assert Allowance(32, 0.15).take(1.0, 15) == 0
-    assert not Allowance(16, 0.15).is_spent
+    assert Allowance(13, 0.15).is_spent
+    assert not Allowance(12, 0.15).is_spent
     several = Allowance(4, 0.15)
     taken = [several.take(0.9, 15) for _ in range(4)]
     assert taken[0] >= taken[-1]

@@ -299,7 +299,8 @@ def area(depth, height):
 """
 
 
-def test_gemma_with_drafts() -> None:
+def test_gemma_with_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "row_cost", 0.05)  # whatever this machine makes of it
     encode = gemma().tokenizer.encode
     fields: list[dict[str, Any]] = [
         {"temperature": 0.0},

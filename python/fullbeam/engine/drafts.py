@@ -17,50 +17,55 @@ from fullbeam.engine.batch import Int32Array
 
 DEFAULT_DRAFT_TOKENS = 15
 
-_BITS = 21  # of a token id: three of them make a key
+_BITS = 21  # of a token id: three of them make a key, two of them another, below 0
+_PAIR = 2 ** (2 * _BITS) - 1
+_TRIPLE = 2 ** (3 * _BITS) - 1
 _START_SHARE = 0.7
 _MEMORY = 0.1  # weight of the newest token in the share of guesses that hold
 _MARGIN = 1.25  # by which a draft has to be worth more than it costs, as neither is sure
+_SURE_SHARE = 0.85  # a batch where even such guesses are not worth it is left alone
 
 
 class Drafter:
     """Guesses the tokens of one row.
 
-    A guess costs a look-up, a new token two entries, whatever the length of the text: some 8 us of
-    a step. Whether the guesses are any good is learned from every token, also where none was
-    computed ahead: a row that starts to repeat itself is found out at no cost.
+    A guess costs some look-ups, a new token two entries, whatever the length of the text. Whether
+    the guesses are any good is learned from every token, also where none was computed ahead: a row
+    that starts to repeat itself is found out at no cost.
     """
 
-    def __init__(self, prompt_places: dict[int, int], num_prompt: int) -> None:
+    def __init__(self, prompt_places: dict[int, int], prompt_ids: Int32Array) -> None:
         self._prompt_places = prompt_places  # shared by the rows of a prompt; see index_prompt
-        self._places: dict[int, int] = {}
-        self._num_indexed = num_prompt - 1  # tokens whose successor is known to the look-ups
-        self._source = -1  # where the text that is guessed to come next was seen; -1: nowhere
-        self._guess = -1  # the next token, guessed
+        self._places: dict[int, int] = {}  # likewise, of the row's own text
+        self._num_seen = len(prompt_ids)
+        self._triple = _TRIPLE  # the last three tokens seen, as a key
+        for token_id in prompt_ids[-3:].tolist():
+            self._triple = (self._triple << _BITS | token_id) & _TRIPLE
+        self._source = -1  # where the text that is guessed to come next was seen
+        self._guess = -1  # the next token, guessed; -1: none
         self.share = _START_SHARE  # of guessed tokens that held, lately
 
     def look(self, ids: Int32Array, num_tokens: int) -> bool:
         """Take in the row's new tokens; return whether there is a guess what comes next."""
-        first = self._num_indexed
-        start = max(0, first - 2)
-        tail = ids[start:num_tokens].tolist()
-        if self._guess >= 0 and num_tokens > first + 1:
-            self._learn(tail[first + 1 - start] == self._guess)
-        self._guess = -1
-        for place in range(first, num_tokens - 1):
-            for key in _keys(tail, place - start):
-                self._places[key] = place + 1
-        self._num_indexed = num_tokens - 1
-        self._source = -1
-        for key in _keys(tail, num_tokens - 1 - start):
-            source = self._places.get(key, -1)
+        own, prompt, triple = self._places, self._prompt_places, self._triple
+        new = ids[self._num_seen : num_tokens].tolist()
+        if new and self._guess >= 0:
+            self._learn(new[0] == self._guess)
+        for place, token_id in enumerate(new, self._num_seen):
+            own[triple] = own[~(triple & _PAIR)] = place
+            triple = (triple << _BITS | token_id) & _TRIPLE
+        self._num_seen, self._triple = num_tokens, triple
+        source = own.get(triple, -1)
+        if source < 0:
+            source = prompt.get(triple, -1)
+        if source < 0:
+            pair = ~(triple & _PAIR)
+            source = own.get(pair, -1)
             if source < 0:
-                source = self._prompt_places.get(key, -1)
-            if source >= 0:
-                self._source = source
-                self._guess = int(ids[source])
-                return True
-        return False
+                source = prompt.get(pair, -1)
+        self._source = source
+        self._guess = -1 if source < 0 else int(ids[source])
+        return source >= 0
 
     def draft(self, ids: Int32Array, num_tokens: int, count: int) -> list[int]:
         """Write the next `count` tokens, as guessed, behind the row's own; return them."""
@@ -90,21 +95,13 @@ def index_prompt(ids: Int32Array) -> dict[int, int]:
     return dict(zip(chain(pairs.tolist(), triples.tolist()), places, strict=True))
 
 
-def _keys(tail: list[int], last: int) -> list[int]:
-    """Keys of the three and the two tokens that end at `last`, where there are as many."""
-    if last < 1:
-        return []
-    pair = tail[last - 1] << _BITS | tail[last]
-    return [~pair] if last < 2 else [tail[last - 2] << 2 * _BITS | pair, ~pair]
-
-
 class Allowance:
     """How many tokens the rows of a step may draft.
 
     A draft lengthens the step for all rows: a token is worth computing ahead while the chance that
     it holds, over what it adds to the step, is above the tokens that the step yields without it,
     over the time that it takes, by a margin. So a row whose guesses fail drafts nothing, and the
-    more rows there are, the surer a guess has to be: from some 24 on, none is sure enough.
+    more rows there are, the surer a guess has to be: with a row cost of 0.15, 13 are too many.
 
     Parameters
     ----------
@@ -121,8 +118,8 @@ class Allowance:
 
     @property
     def is_spent(self) -> bool:
-        """Whether no guess, however sure, is worth its cost."""
-        return self._time <= _MARGIN * self._row_cost * self._yield
+        """Whether only the surest of guesses would be worth their cost."""
+        return self._time * _SURE_SHARE <= _MARGIN * self._row_cost * self._yield
 
     def take(self, share: float, most: int) -> int:
         """Return how many tokens a row may draft, of whose guesses this share holds."""

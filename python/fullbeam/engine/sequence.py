@@ -209,8 +209,8 @@ class Row:
     def drafter(self) -> Drafter:
         """Guesses the row's next tokens."""
         if self._drafter is None:
-            num_prompt = self.sequence.request.num_prompt_tokens
-            self._drafter = Drafter(self.sequence.prompt_places, num_prompt)
+            prompt_ids = self.sequence.request.prompt_ids
+            self._drafter = Drafter(self.sequence.prompt_places, prompt_ids)
         return self._drafter
 
     def masks(self, drafts: list[int]) -> list[Mask | None]:
