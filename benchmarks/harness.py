@@ -8,7 +8,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ COLUMNS = [
     "p10",
     "p90",
     "GB/s",
+    "GOP/s",
     "%peak",
+    "bound",
     "baseline",
     "ratio",
 ]
@@ -48,19 +49,6 @@ class Cache:
         self._memory += 1
         for _ in range(3):
             ops.rms_norm(self._x, self._x[0], out=self._x)
-
-
-def copy_bytes_per_second(threads: int) -> float:
-    """The machine's peak for this table: all threads copying large arrays, bytes read + written."""
-    arrays = [np.ones(2**26, np.uint8) for _ in range(2 * threads)]
-    pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(7):
-            begin = time.perf_counter()
-            list(pool.map(lambda pair: np.copyto(*pair), pairs))
-            best = min(best, time.perf_counter() - begin)
-    return 2 * threads * 2**26 / best
 
 
 def median_us(run: Callable[[], object], setup: Callable[[], None], *, limit_s: float) -> float:

@@ -27,10 +27,11 @@ class Case:
     run: Callable[[], Any]
     baseline: Callable[[], Any]
     num_bytes: int  # that must be read and written once
-    num_flops: int = 0
+    num_ops: int = 0  # multiplications and additions
     dtype: str = "float32"
     check: bool = True  # the two agree to a few per cent (a quantised weight's error)
     baseline_name: str = "torch" if torch else "numpy"
+    is_int8: bool = False  # the products among them are of int8
 
 
 def normal(*shape: int) -> Any:
@@ -82,7 +83,14 @@ def linear(num_tokens: int, kind: str) -> Case:
     dense, tx = tensor(reference.dequantize(data, kind, shape).T.copy()), tensor(x)
     num_bytes = data.nbytes + x.nbytes + num_tokens * shape[0] * 4
     flops = 2 * num_tokens * shape[0] * shape[1]
-    return Case(lambda: ops.linear(x, weight), lambda: tx @ dense, num_bytes, flops, kind)
+    return Case(
+        lambda: ops.linear(x, weight),
+        lambda: tx @ dense,
+        num_bytes,
+        flops,
+        is_int8=kind not in ("F32", "F16", "BF16"),
+        dtype=kind,
+    )
 
 
 def rope(num_tokens: int) -> Case:
@@ -462,6 +470,7 @@ def test_op(
     benchmark.pedantic(case.run, setup=cache.flush, rounds=20, warmup_rounds=2)
     benchmark.extra_info.update(
         op=build.__name__, shape=shape_text(axes), dtype=case.dtype, device="cpu",
-        num_bytes=case.num_bytes, num_flops=case.num_flops, baseline_us=baseline_us,
+        num_bytes=case.num_bytes, num_ops=case.num_ops, is_int8=case.is_int8,
+        baseline_us=baseline_us,
         baseline="numpy" if build in (embedding, rope, kv_write) else case.baseline_name,
     )  # fmt: skip

@@ -1,131 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
 """One runtime, measured in a process with an interpreter of its own.
 
-Lines of JSON: a greeting out, then a task in and its times out, until the input ends. One more
-runtime is one more class in SYSTEMS; only what that class itself imports has to be installed.
+`peer_worker.py NAME MODEL THREADS` serves lines of JSON: a greeting out, then a task in and its
+times out, until the input ends. `peer_worker.py NAME` says what is installed. One more runtime is
+one more class in SYSTEMS; only what that class itself imports has to be there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-CONTEXT = 1024  # tokens of room for each sequence
-PAGE_SIZE = 16
+MAX_ROWS = 64
+CONTEXT = 4096
+PARENT_DIED = 1  # PR_SET_PDEATHSIG
 
-Ids = Sequence[Sequence[int]]  # [num_seqs][tokens of each]
+Ids = Sequence[Sequence[int]]  # [num_prompts][tokens of each]
+Result = dict[str, Any]  # first_s, total_s, tokens_between, token_ids: see fullbeam.bench.Timing
 
 
 class System:
-    """A runtime with a model in memory; its threads sleep between two calls."""
+    """A runtime with a model in memory."""
 
     packages: ClassVar[tuple[str, ...]]  # distributions whose versions are reported
-    has_engine = False  # whether there is a `requests` to be measured
+    settings: str  # those of all tasks
+    has_search = True
+    has_groups = False  # diverse ones
     first_id: int | None = None  # what prompts of this model begin with
-    vocab_size: int
-    settings: str
 
     def __init__(self, path: str, threads: int) -> None:
         raise NotImplementedError
 
-    def batch(self, token_ids: Ids, start: int) -> Any:
-        """Lay out tokens that begin at position `start` of each sequence."""
-        raise NotImplementedError
-
-    def step(self, num_seqs: int, batch: Any) -> Any:
-        """Compute a batch and return each sequence's most likely next token."""
-        raise NotImplementedError
-
-    def prepare(self, prompts: Ids, steps: Ids) -> str:
+    def prepare(self, prompts: Ids, task: dict[str, int]) -> str:
         """Take the settings that are the fastest for such a task, and return them."""
-        return self.settings
+        return ""
 
-    def run(self, prompts: Ids, steps: Ids) -> dict[str, Any]:
-        """Time the bare model: prompts at once, then steps whose tokens are given."""
-        num_seqs, start = len(prompts), len(prompts[0])
-        batches = [self.batch([[i] for i in ids], start + idx) for idx, ids in enumerate(steps)]
-        prompt = self.batch(prompts, 0)
-        begin = time.perf_counter()
-        choices = [self.step(num_seqs, prompt)]
-        middle = time.perf_counter()
-        choices += [self.step(num_seqs, batch) for batch in batches]
-        end = time.perf_counter()
-        tokens = np.concatenate(choices).tolist()
-        return {"prompt_s": middle - begin, "steps_s": end - middle, "choices": tokens}
-
-    def requests(self, prompts: Ids, steps: Ids) -> float:
-        """Return the seconds for requests of 1 + len(steps) greedy tokens, all at once."""
+    def run(self, prompts: Ids, task: dict[str, int]) -> Result:
+        """Run the prompts at once, each to `max_tokens` new tokens, whatever they are."""
         raise NotImplementedError
 
 
 class Fullbeam(System):
-    """The decoder for itself, and the engine with its scheduling on the same weights."""
+    """The engine with its scheduling, stepped here."""
 
     packages = ("numpy",)
-    has_engine = True
+    has_groups = True
 
     def __init__(self, path: str, threads: int) -> None:
-        import fullbeam
-        from fullbeam.models.decoder import Decoder
+        from fullbeam.engine.engine import Engine
+        from fullbeam.models import open_model
 
-        self.model = fullbeam.load(path, threads=threads)
-        loaded: Any = self.model.engine._runner._decoder
-        # A decoder of its own: recorded steps hold on to one KV cache.
-        self.decoder = Decoder(loaded.config, loaded.weights, threads=threads)
-        max_rows, self.max_pages = self.model.engine.max_rows, CONTEXT // PAGE_SIZE
-        self.kv = self.decoder.allocate_kv(max_rows * self.max_pages, PAGE_SIZE)
-        tokenizer: Any = self.model.tokenizer
-        self.first_id = tokenizer.bos_id if tokenizer.add_bos else None
-        self.vocab_size = self.decoder.config.vocab_size
-        self.settings = f"threads={threads} max_rows={max_rows} context={self.model.context}"
-
-    def step(self, num_seqs: int, batch: Any) -> Any:
-        return self.decoder.forward(batch, self.kv).argmax(axis=1)
-
-    def batch(self, token_ids: Ids, start: int) -> Any:
-        from fullbeam.engine.batch import Batch
-
-        num_seqs, count = len(token_ids), len(token_ids[0])
-        positions = np.tile(np.arange(start, start + count), num_seqs)
-        seqs = np.repeat(np.arange(num_seqs), count)
-        query_starts = np.arange(num_seqs + 1, dtype=np.int32) * np.int32(count)
-        pages = np.arange(num_seqs * self.max_pages, dtype=np.int32)
-        return Batch(
-            token_ids=np.array(token_ids, np.int32).reshape(-1),
-            positions=positions.astype(np.int32),
-            slots=(seqs * CONTEXT + positions).astype(np.int64),
-            query_starts=query_starts,
-            num_decode=num_seqs if count == 1 else 0,
-            page_table=pages.reshape(num_seqs, self.max_pages),
-            seq_lens=np.full(num_seqs, start + count, np.int32),
-            logit_rows=query_starts[1:] - np.int32(1),
+        opened = open_model(Path(path), threads=threads)
+        context = min(CONTEXT, opened.decoder.config.context_len)
+        self.engine = Engine(
+            opened.decoder, opened.tokenizer, context=context, max_rows=MAX_ROWS, num_pages=4096
         )
+        self.first_id = opened.tokenizer.bos_id if opened.tokenizer.add_bos else None
+        self.settings = f"max_rows={MAX_ROWS} token_budget=512"
 
-    def requests(self, prompts: Ids, steps: Ids) -> float:
-        fields: dict[str, Any] = {
-            "max_tokens": 1 + len(steps),
-            "temperature": 0.0,
-            "ignore_eos": True,
-        }
-        begin = time.perf_counter()
-        result = self.model.complete(prompts, **fields)
-        seconds = time.perf_counter() - begin
-        assert result.usage.completion_tokens == (1 + len(steps)) * len(prompts)
-        return seconds
+    def run(self, prompts: Ids, task: dict[str, int]) -> Result:
+        from fullbeam.bench import Task, run
+
+        return vars(run(self.engine, prompts, Task(**task).params))
 
 
 class LlamaCpp(System):
     """`llama_decode`, with flash attention and the unified KV cache as they are fastest."""
 
     packages = ("llama_cpp_python", "numpy")
+    has_search = False
 
     def __init__(self, path: str, threads: int) -> None:
         import llama_cpp
@@ -142,67 +96,244 @@ class LlamaCpp(System):
             raise ValueError(f"llama.cpp: MODEL must be a file that it knows, got {path}")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
-        self.contexts: dict[tuple[int, int], Any] = {}  # by sequences and length of prompts
-        self.batches: list[Any] = []
+        self.contexts: dict[str, Any] = {}  # by task
         built_for = llama_cpp.llama_print_system_info().decode().replace(" = 1 |", "").strip()
         self.settings = f"n_threads=n_threads_batch={threads} n_batch=2048 n_ubatch=512 {built_for}"
 
-    def prepare(self, prompts: Ids, steps: Ids) -> str:
-        tried = []
-        several, key = len(prompts) > 1, (len(prompts), len(prompts[0]))
-        if key in self.contexts:
-            self.api.llama_free(self.contexts.pop(key))
+    def prepare(self, prompts: Ids, task: dict[str, int]) -> str:
+        num_rows = len(prompts) * task["num_choices"]
         params = self.api.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = CONTEXT * len(prompts), len(prompts)
+        params.n_seq_max = num_rows
+        params.n_ctx = num_rows * -(-(len(prompts[0]) + task["max_tokens"]) // 256) * 256
         params.n_batch, params.n_ubatch = 2048, 512
         params.n_threads = params.n_threads_batch = self.threads
-        for flash, unified in itertools.product((1, 0), (True, False) if several else (True,)):
+        # Sequences share a prompt's cells only in the unified cache.
+        kinds = (True,) if num_rows == 1 or task["num_choices"] > 1 else (True, False)
+        short, tried = task | {"max_tokens": min(8, task["max_tokens"])}, []
+        for flash, unified in itertools.product((1, 0), kinds):
             params.flash_attn_type, params.kv_unified = flash, unified
-            self.context = self.api.llama_init_from_model(self.model, params)
-            runs = [self.run(prompts, steps[:8]) for _ in range(3)][1:]
-            seconds = min(run["steps_s" if steps else "prompt_s"] for run in runs)
-            words = f"flash_attn={flash}" + f" kv_unified={int(unified)}" * several
-            tried.append((seconds, words, self.context))
+            context = self.api.llama_init_from_model(self.model, params)
+            self.contexts[str(task)] = self.contexts[str(short)] = context
+            result = self.run(prompts, short)
+            begin = result["first_s"] if task["max_tokens"] > 1 else 0.0
+            words = f"flash_attn={flash} kv_unified={int(unified)}"
+            tried.append((result["total_s"] - begin, words, context))
         (_, words, best), *others = sorted(tried, key=lambda entry: entry[0])
         for _, _, context in others:
             self.api.llama_free(context)
-        self.contexts[key] = best
+        self.contexts[str(task)] = self.contexts[str(short)] = best
         return words
 
-    def run(self, prompts: Ids, steps: Ids) -> dict[str, Any]:
-        self.context = self.contexts.get((len(prompts), len(prompts[0])), self.context)
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-        while self.batches:
-            self.api.llama_batch_free(self.batches.pop())
-        return super().run(prompts, steps)
+    def run(self, prompts: Ids, task: dict[str, int]) -> Result:
+        context, copies = self.contexts[str(task)], task["num_choices"]
+        num_rows, length = len(prompts) * copies, len(prompts[0])
+        self.api.llama_memory_clear(self.api.llama_get_memory(context), True)
+        # A prompt is computed once for all of its choices; its tokens belong to each of them.
+        starts = [range(idx * copies, (idx + 1) * copies) for idx in range(len(prompts))]
+        begin = time.perf_counter()
+        choices = []
+        for first in range(0, len(prompts), max(1, 2048 // length)):
+            part = range(first, min(first + max(1, 2048 // length), len(prompts)))
+            tokens = [
+                (prompts[idx][place], place, starts[idx], place == length - 1)
+                for idx in part
+                for place in range(length)
+            ]
+            choices.append(self._decode(context, tokens))
+        ids = np.repeat(np.concatenate(choices), copies)
+        first_s = time.perf_counter() - begin
+        steps = [ids]
+        for position in range(length, length + task["max_tokens"] - 1):
+            rows = [(int(ids[row]), position, (row,), True) for row in range(num_rows)]
+            ids = self._decode(context, rows)
+            steps.append(ids)
+        total_s = time.perf_counter() - begin
+        token_ids = np.stack(steps, axis=1)[::copies].tolist()
+        return result_of(first_s, total_s, num_rows * (len(steps) - 1), token_ids)
 
-    def step(self, num_seqs: int, batch: Any) -> Any:
-        status = self.api.llama_decode(self.context, batch)
+    def _decode(self, context: Any, tokens: Sequence[tuple[int, int, Sequence[int], bool]]) -> Any:
+        """Return the most likely successors of the tokens that are marked so."""
+        batch = self.api.llama_batch_init(
+            len(tokens), 0, max(len(seqs) for _, _, seqs, _ in tokens)
+        )
+        batch.n_tokens = len(tokens)
+        for idx, (token_id, position, seqs, is_last) in enumerate(tokens):
+            batch.token[idx], batch.pos[idx], batch.logits[idx] = token_id, position, is_last
+            batch.n_seq_id[idx] = len(seqs)
+            for place, seq in enumerate(seqs):
+                batch.seq_id[idx][place] = seq
+        status = self.api.llama_decode(context, batch)
+        self.api.llama_batch_free(batch)
         if status != 0:
             raise RuntimeError(f"llama.cpp: llama_decode gave status {status}")
-        logits = self.api.llama_get_logits(self.context)
+        num_rows = sum(is_last for _, _, _, is_last in tokens)
+        logits = self.api.llama_get_logits(context)
         # Quicker than llama.cpp's greedy sampler, which copies the whole row first.
-        return np.ctypeslib.as_array(logits, (num_seqs, self.vocab_size)).argmax(axis=1)
-
-    def batch(self, token_ids: Ids, start: int) -> Any:
-        num_seqs, count = len(token_ids), len(token_ids[0])
-        batch = self.api.llama_batch_init(num_seqs * count, 0, 1)
-        self.batches.append(batch)
-        batch.n_tokens = num_seqs * count
-        for idx, (seq, offset) in enumerate(itertools.product(range(num_seqs), range(count))):
-            batch.token[idx] = token_ids[seq][offset]
-            batch.pos[idx] = start + offset
-            batch.n_seq_id[idx] = 1
-            batch.seq_id[idx][0] = seq
-            batch.logits[idx] = offset == count - 1
-        return batch
+        return np.ctypeslib.as_array(logits, (num_rows, self.vocab_size)).argmax(axis=1)
 
 
-SYSTEMS: dict[str, type[System]] = {"fullbeam": Fullbeam, "llama.cpp": LlamaCpp}
+class CTranslate2(System):
+    """`Generator.generate_batch` on int8 weights; a search keeps every beam's KV of its own."""
+
+    packages = ("ctranslate2", "numpy")
+
+    def __init__(self, path: str, threads: int) -> None:
+        import ctranslate2
+
+        self.generator: Any = ctranslate2.Generator(
+            path, device="cpu", compute_type="int8", intra_threads=threads, inter_threads=1
+        )
+        self.tokens: list[str] = json.loads(Path(path, "vocabulary.json").read_text())
+        self.settings = f"int8 weights, compute_type=int8 intra_threads={threads}"
+
+    def run(self, prompts: Ids, task: dict[str, int]) -> Result:
+        copies, num_beams = task["num_choices"], task["num_beams"]
+        texts = [[self.tokens[idx] for idx in ids] for ids in prompts]
+        first_s = 0.0
+
+        def note(step: Any) -> bool:
+            nonlocal first_s
+            if step.step == 0:
+                first_s = time.perf_counter() - begin
+            return False
+
+        options: dict[str, Any] = {
+            "max_length": task["max_tokens"],
+            "min_length": task["max_tokens"],
+            "include_prompt_in_result": False,
+            "beam_size": num_beams,
+            "num_hypotheses": max(copies, num_beams),
+        }
+        if num_beams == 1:
+            options["callback"] = note
+        if copies > 1:  # it draws them: several greedy ones would be one
+            options["sampling_topk"] = 2
+        begin = time.perf_counter()
+        results = self.generator.generate_batch(texts, **options)
+        total_s = time.perf_counter() - begin
+        steps = task["max_tokens"] - 1
+        token_ids = [result.sequences_ids[0] for result in results]
+        return result_of(first_s, total_s, len(prompts) * copies * steps, token_ids)
+
+
+class OpenVino(System):
+    """The continuous batching pipeline of OpenVINO GenAI on int8 weights, stepped here."""
+
+    packages = ("openvino-genai", "openvino", "numpy")
+    has_groups = True
+
+    def __init__(self, path: str, threads: int) -> None:
+        import openvino
+        import openvino_genai
+
+        self.api: Any = openvino_genai
+        self.tensor: Any = openvino.Tensor
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.cache_size = 3
+        scheduler.enable_prefix_caching = False
+        scheduler.dynamic_split_fuse = False
+        scheduler.max_num_batched_tokens = 4096
+        scheduler.max_num_seqs = 256
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(
+            path, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads}
+        )
+        self.settings = (
+            f"int8 weights, continuous batching, INFERENCE_NUM_THREADS={threads}, no prefix "
+            "cache, max_num_batched_tokens=4096 dynamic_split_fuse=False"
+        )
+
+    def run(self, prompts: Ids, task: dict[str, int]) -> Result:
+        options: dict[str, Any] = {"max_new_tokens": task["max_tokens"], "ignore_eos": True}
+        num_beams = task["num_beams"]
+        if num_beams > 1:
+            options |= {"num_beams": num_beams, "num_return_sequences": num_beams}
+        if task["num_groups"] > 1:
+            options |= {"num_beam_groups": task["num_groups"], "diversity_penalty": 0.3}
+        config = self.api.GenerationConfig(**options)
+        # Greedy choices of one prompt would be one: they are requests of their own.
+        arrays = [np.array([ids]) for ids in prompts for _ in range(task["num_choices"])]
+        begin = time.perf_counter()
+        handles = [
+            self.pipeline.add_request(idx, self.tensor(ids), config)
+            for idx, ids in enumerate(arrays)
+        ]
+        times = []
+        while self.pipeline.has_non_finished_requests():
+            self.pipeline.step()
+            times.append(time.perf_counter() - begin)
+        # Prompts that do not fit into a step come in the next; rows decode from then on.
+        num_prompt_steps = len(times) - task["max_tokens"] + 1
+        found = [handle.read_all() for handle in handles]
+        token_ids = [list(outputs[0].generated_ids) for outputs in found]
+        if num_prompt_steps < 1 or {len(ids) for ids in token_ids} != {task["max_tokens"]}:
+            raise RuntimeError(f"openvino: {task} took {len(times)} steps, which is no such task")
+        tokens_between = len(handles) * (task["max_tokens"] - 1)
+        firsts = token_ids[:: task["num_choices"]]
+        return result_of(times[num_prompt_steps - 1], times[-1], tokens_between, firsts)
+
+
+class Transformers(System):
+    """`generate` in bfloat16, which it is fastest in."""
+
+    packages = ("transformers", "torch", "numpy")
+
+    def __init__(self, path: str, threads: int) -> None:
+        import torch
+        import transformers
+
+        self.torch: Any = torch
+        torch.set_num_threads(threads)
+        auto: Any = transformers.AutoModelForCausalLM
+        self.model = auto.from_pretrained(path, dtype=torch.bfloat16).eval()
+        self.settings = f"bfloat16, torch threads={threads}"
+
+    def run(self, prompts: Ids, task: dict[str, int]) -> Result:
+        times: list[float] = []
+
+        def note(token_ids: Any, scores: Any) -> Any:
+            times.append(time.perf_counter() - begin)
+            return scores
+
+        num_beams, copies = task["num_beams"], task["num_choices"]
+        ids = self.torch.tensor(prompts).repeat_interleave(copies, dim=0)
+        begin = time.perf_counter()
+        with self.torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=self.torch.ones_like(ids),
+                max_new_tokens=task["max_tokens"],
+                min_new_tokens=task["max_tokens"],
+                num_beams=num_beams,
+                num_return_sequences=num_beams,
+                do_sample=False,
+                pad_token_id=0,
+                logits_processor=[note],
+            )
+        total_s = time.perf_counter() - begin
+        token_ids = out[:: copies * num_beams, len(prompts[0]) :].tolist()
+        return result_of(times[0], total_s, len(ids) * (task["max_tokens"] - 1), token_ids)
+
+
+SYSTEMS: dict[str, type[System]] = {
+    "fullbeam": Fullbeam,
+    "llama.cpp": LlamaCpp,
+    "ctranslate2": CTranslate2,
+    "openvino": OpenVino,
+    "transformers": Transformers,
+}
+
+
+def result_of(first_s: float, total_s: float, tokens_between: int, token_ids: Ids) -> Result:
+    return {
+        "first_s": first_s,
+        "total_s": total_s,
+        "tokens_between": tokens_between,
+        "token_ids": token_ids,
+    }
 
 
 def main(argv: list[str]) -> int:
-    """Serve the runtime `argv[0]` on the file `argv[1]` with `argv[2]` threads."""
+    """Serve the runtime `argv[0]` on the model `argv[1]` with `argv[2]` threads."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the libraries print does not mix with the results
     kind = SYSTEMS[argv[0]]
@@ -211,13 +342,23 @@ def main(argv: list[str]) -> int:
     except PackageNotFoundError as error:
         out.write(json.dumps({"absent": str(error.name)}) + "\n")
         return 0
+    if len(argv) == 1:
+        out.write(json.dumps({"versions": versions}) + "\n")
+        return 0
+    if sys.platform == "linux":
+        # A process that is stopped could not see that its parent is gone.
+        ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
     system = kind(argv[1], int(argv[2]))
-    names = ("first_id", "vocab_size", "settings", "has_engine")
+    names = ("first_id", "settings", "has_search", "has_groups")
     fields = {name: getattr(system, name) for name in names}
     out.write(json.dumps({"versions": versions, **fields}) + "\n")
     for line in sys.stdin:
-        action, prompts, steps = json.loads(line)
-        out.write(json.dumps(getattr(system, action)(prompts, steps)) + "\n")
+        action, prompts, task = json.loads(line)
+        try:
+            answer = getattr(system, action)(prompts, task)
+        except (RuntimeError, ValueError) as error:
+            answer = {"error": str(error).splitlines()[0]}
+        out.write(json.dumps(answer) + "\n")
     return 0
 
 

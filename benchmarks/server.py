@@ -32,6 +32,7 @@ import numpy as np
 
 from benchmarks import harness, peers
 from fullbeam import _core
+from fullbeam.bench import spread
 from fullbeam.models.gguf import GgufFile
 from fullbeam.models.tokenizer import Tokenizer
 
@@ -113,7 +114,11 @@ class Server:
         """Measure a round."""
         begin = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            answers = list(pool.map(self.complete, prompts))
+            try:
+                answers = list(pool.map(self.complete, prompts))
+            except BaseException:
+                self._process.kill()  # or the pool would wait for the answers under way
+                raise
         self.rates.append(len(prompts) / (time.perf_counter() - begin))
         self.latencies.append([elapsed for elapsed, _ in answers])
         self.texts += [text for _, text in answers]
@@ -161,7 +166,7 @@ def report(servers: Sequence[Server]) -> list[dict[str, Any]]:
         p50, p99 = np.percentile(server.latencies, [50, 99])
         row = {
             "server": server.name,
-            "requests/s": peers.spread(server.rates),
+            "requests/s": spread(server.rates),
             "p50 s": float(p50),
             "p99 s": float(p99),
         }
@@ -169,7 +174,7 @@ def report(servers: Sequence[Server]) -> list[dict[str, Any]]:
             ratios = [a / b for a, b in zip(mine.rates, server.rates, strict=True)]
             same = [a == b for a, b in zip(mine.texts, server.texts, strict=True)]
             row |= {
-                "ratio requests/s": peers.spread(ratios),
+                "ratio requests/s": spread(ratios),
                 "ratio p50": float(p50 / mine_p50),
                 "ratio p99": float(p99 / mine_p99),
                 "%same": 100 * float(np.mean(same)),

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/typing.h>
 
+#include "core/ceiling.h"
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "core/isa.h"
@@ -191,5 +192,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("available_isas", &available_isas);
   m.def("num_cuda_devices", &num_cuda_devices);
   m.def("why_no_cuda_device", &why_no_cuda_device);
+  m.def("int8_ops_per_second", &int8_ops_per_second, Release());
   m.def("build_info", &build_info);
 }

@@ -21,6 +21,7 @@ __all__: list[str] = [
     "decode_strings",
     "embedding",
     "gated_activation",
+    "int8_ops_per_second",
     "kv_write",
     "layer_norm",
     "linear",
@@ -143,6 +144,7 @@ def embedding(
     scale: typing.SupportsFloat | typing.SupportsIndex,
 ) -> None: ...
 def gated_activation(x: typing.Any, out: typing.Any, activation: str) -> None: ...
+def int8_ops_per_second() -> float: ...
 def kv_write(
     k: typing.Any, v: typing.Any, k_pages: typing.Any, v_pages: typing.Any, slots: typing.Any
 ) -> None: ...
