@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import drafts, harness, infill, peers, quality, search, server, soak, start
+from benchmarks import drafts, harness, infill, peers, quality, search, server, soak, start, steps
 from fullbeam import _core
 from fullbeam.bench import Ceilings
 
@@ -87,6 +87,7 @@ def main() -> int:
     suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
     suites.add_parser("search", help="what beam search costs beside drawing as many rows")
     suites.add_parser("drafts", help="tokens per second with and without drafts")
+    suites.add_parser("steps", help="where a step's time goes, op by op")
     suites.add_parser("infill", help="lines restored with and without the text after them")
     suites.add_parser("soak", help="clients that come and go: does anything stay behind?")
     modules = {
@@ -96,6 +97,7 @@ def main() -> int:
         "quality": quality,
         "search": search,
         "drafts": drafts,
+        "steps": steps,
         "infill": infill,
         "soak": soak,
     }

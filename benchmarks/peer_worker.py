@@ -64,10 +64,15 @@ class Fullbeam(System):
         opened = open_model(Path(path), threads=threads)
         context = min(CONTEXT, opened.decoder.config.context_len)
         self.engine = Engine(
-            opened.decoder, opened.tokenizer, context=context, max_rows=MAX_ROWS, num_pages=4096
+            opened.decoder,
+            opened.tokenizer,
+            context=context,
+            max_rows=MAX_ROWS,
+            num_pages=4096,
+            draft_tokens=0,
         )
         self.first_id = opened.tokenizer.bos_id if opened.tokenizer.add_bos else None
-        self.settings = f"max_rows={MAX_ROWS} token_budget=512"
+        self.settings = f"max_rows={MAX_ROWS} token_budget=512 draft_tokens=0"
 
     def run(self, prompts: Ids, task: dict[str, int]) -> Result:
         from fullbeam.bench import Task, run

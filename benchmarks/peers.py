@@ -347,35 +347,6 @@ def draw(path: Path, head: dict[str, Any], lines: Sequence[dict[str, Any]]) -> N
     pyplot.close(figure)
 
 
-def startup(args: argparse.Namespace, head: dict[str, Any]) -> dict[str, Any]:
-    """Measure the command line: process start to first text, to its end, and peak memory."""
-    path, others = args.model, []
-    command = [sys.executable, "-m", "fullbeam", "complete", str(path), "def fibonacci(n):"]
-    command += ["--max-tokens", "1", "--threads", str(args.threads)]
-    samples = []
-    for _ in range(args.rounds + 1):
-        begin, busy_s = time.perf_counter(), cpu_s()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
-            assert process.stdout is not None
-            process.stdout.read(1)
-            first_s = time.perf_counter() - begin
-            process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            raise RuntimeError(f"peers: the command ended with status {process.returncode}")
-        memory = usage.ru_maxrss * 1024
-        exit_s = time.perf_counter() - begin
-        other_s = cpu_s() - busy_s - usage.ru_utime - usage.ru_stime
-        others.append(100 * other_s / exit_s / (os.cpu_count() or 1))
-        samples.append((first_s, exit_s, memory / 1e6, memory / path.stat().st_size))
-    head["%cpu_others"] = float(np.mean(others))
-    names = ("first text s", "exit s", "peak MB", "peak / file")
-    columns = zip(*samples[1:], strict=True)  # the first run fills the file cache
-    values = {name: spread(column) for name, column in zip(names, columns, strict=True)}
-    return {"row": "startup", **values}
-
-
 def table(lines: Sequence[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for line in lines for name in line))
     last = [name for name in ("settings",) if name in columns]
@@ -410,7 +381,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--png", type=Path, help="draw the ratios (needs matplotlib)")
     parser.add_argument("--only", default=",".join(ROWS), help="some of %(default)s")
     parser.add_argument("--peers", default=",".join(RUNTIMES[1:]), help="some of %(default)s")
-    parser.add_argument("--startup", action="store_true", help="the command line's start instead")
     args = parser.parse_args(argv)
     rows = args.only.split(",")
     args.peers = args.peers.split(",")
@@ -423,7 +393,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers, too
     head = harness.environment(args.threads)
     head |= {"cores": _core.num_physical_cores(), "model": args.model.name, "rounds": args.rounds}
-    lines = [startup(args, head)] if args.startup else run(args, head, rows)
+    lines = run(args, head, rows)
     for name, value in head.items():
         text = f"{value:.4g}" if isinstance(value, float) else value
         sys.stdout.write(f"{name}: {text}\n")

@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks import harness, peers
 from benchmarks.server import LIMIT_S, Server
 from fullbeam import _core
+from fullbeam.bench import spread
 
 PROMPT = "def fibonacci(n):"
 LLAMA_OPTIONS = "--no-warmup --no-webui --ctx-size 4096 --parallel 1"
@@ -91,10 +92,10 @@ def report(taken: dict[str, Any]) -> list[dict[str, Any]]:
     mine = next(iter(taken.values()))[FIRST]
     rows = []
     for name, columns in taken.items():
-        row = {"program": name} | {title: peers.spread(values) for title, values in columns.items()}
+        row = {"program": name} | {title: spread(values) for title, values in columns.items()}
         if FIRST in columns and columns[FIRST] is not mine:
             ratios = [a / b for a, b in zip(mine, columns[FIRST], strict=True)]
-            row["fullbeam / it"] = peers.spread(ratios)
+            row["fullbeam / it"] = spread(ratios)
         rows.append(row)
     return rows
 

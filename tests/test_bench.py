@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import peers
+from benchmarks import peers, steps
 from fullbeam import _core, bench, cli
 from fullbeam.models import open_model
 from tiny_models import Tiny
@@ -98,6 +98,21 @@ def test_what_fails_in_a_request_is_raised(tiny: Path) -> None:
     engine = bench.Bench(open_model(tiny, threads=1)).engine
     with pytest.raises(ValueError, match="1000000"):
         bench.run(engine, [[10**6]], bench.Task(1, 1, 1).params)
+
+
+def test_steps_names_every_op_and_all_of_the_time(
+    tiny: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "steps.jsonl"
+    words = ["--only", "decode-8", "--repeats", "2", "--threads", "1", "--json", str(file)]
+    assert steps.main([str(tiny), *words]) == 0
+    _, *rows = map(json.loads, file.read_text().splitlines())
+    names = [row["op"] for row in rows]
+    linears = [f"linear {name}" for name in ("qkv", "attention_out", "up", "down", "head")]
+    assert {"embedding", "rope", "kv_write", "attention_decode", *linears} <= set(names)
+    assert names[-2:] == ["rest", "whole step"]
+    assert sum(row["us"] for row in rows[:-1]) == pytest.approx(rows[-1]["us"])
+    assert all(row["GOP/s"] > 0 for row in rows if row["op"] in linears)
 
 
 def fake_runtimes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

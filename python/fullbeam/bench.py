@@ -17,7 +17,8 @@ from fullbeam.engine.engine import Engine
 from fullbeam.engine.sequence import Event
 from fullbeam.engine.text import Piece
 from fullbeam.models import OpenModel
-from fullbeam.models.decoder import Decoder, Weights
+from fullbeam.models.config import Weights
+from fullbeam.models.decoder import Decoder
 from fullbeam.params import CompletionParams
 
 CONTEXT = 1024
@@ -71,9 +72,9 @@ class Load:
     def of(cls, weights: Weights) -> Load:
         """Count the matrices of a model."""
         matrices = [
-            matrix
+            linear.weight
             for layer in weights.layers
-            for matrix in (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
+            for linear in (layer.qkv, layer.attention_out, layer.up, layer.down)
         ]
         head = weights.head
         return cls(
@@ -192,7 +193,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 class Bench:
-    """A model with an engine of its own, to be used by nobody else.
+    """A model with an engine of its own, to be used by nobody else, and without drafts.
 
     Raises ValueError for a model whose context is too short.
     """
@@ -205,7 +206,7 @@ class Bench:
                 f"bench: the model's context must be at least {longest}, got {context}"
             )
         self._decoder: Decoder = opened.decoder
-        self.engine = Engine(opened.decoder, opened.tokenizer, context=context)
+        self.engine = Engine(opened.decoder, opened.tokenizer, context=context, draft_tokens=0)
 
     def measure(
         self, *, rounds: int = 3, progress: Callable[[float, str], None] | None = None
