@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import itertools
 import re
 import sys
 import textwrap
@@ -22,6 +23,7 @@ import numpy as np
 from benchmarks import harness
 from fullbeam import CompletionParams, Engine, _core
 from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
+from fullbeam.engine.sequence import Request
 from fullbeam.models import open_model
 from fullbeam.models.catalog import resolve
 
@@ -77,12 +79,14 @@ class Bench:
         self.engine = Engine(opened.decoder, opened.tokenizer, context=2048, max_rows=32)
         self.draft_tokens = {"on": draft_tokens, "off": 0}
 
-    def run(
-        self, name: str, prompts: list[str], num_tokens: int, **fields: Any
-    ) -> tuple[float, list[list[int]]]:
-        """Seconds from the step after the last prompt's to the end, and the tokens."""
+    def switch(self, name: str) -> None:
+        self.engine._scheduler.draft_tokens = self.draft_tokens[name]
+
+    def start(
+        self, prompts: list[str], num_tokens: int, **fields: Any
+    ) -> tuple[list[Request], list[list[int]]]:
+        """Step until every prompt has a token; the requests, and where their tokens will be."""
         engine = self.engine
-        engine._scheduler.draft_tokens = self.draft_tokens[name]
         params = CompletionParams(max_tokens=num_tokens, ignore_eos=True, **fields)
         answers: list[list[int]] = [[] for _ in prompts]
         requests = []
@@ -98,10 +102,36 @@ class Bench:
             )
         while not all(request.num_generated for request in requests):
             engine.step()
+        return requests, answers
+
+    def run(
+        self, name: str, prompts: list[str], num_tokens: int, **fields: Any
+    ) -> tuple[float, list[list[int]]]:
+        """Seconds from the step after the last prompt's to the end, and the tokens."""
+        self.switch(name)
+        requests, answers = self.start(prompts, num_tokens, **fields)
         begin = time.perf_counter()
         while not all(request.closed for request in requests):
-            engine.step()
+            self.engine.step()
         return time.perf_counter() - begin, answers
+
+    def take_turns(self, prompts: list[str], num_tokens: int, **fields: Any) -> dict[str, float]:
+        """Tokens per second while all rows run, switched every other step: what else the machine
+        does meets both."""
+        requests, _ = self.start(prompts, num_tokens, **fields)
+        tokens, seconds = {"on": 0, "off": 0}, {"on": 0.0, "off": 0.0}
+        names = itertools.cycle(["on", "on", "off", "off"])
+        while not any(request.closed for request in requests):
+            name = next(names)
+            self.switch(name)
+            before = self.engine.stats().num_generated_tokens
+            begin = time.perf_counter()
+            self.engine.step()
+            seconds[name] += time.perf_counter() - begin
+            tokens[name] += self.engine.stats().num_generated_tokens - before
+        while not all(request.closed for request in requests):
+            self.engine.step()
+        return {name: tokens[name] / seconds[name] for name in tokens}
 
 
 def main(argv: list[str]) -> int:
@@ -121,6 +151,10 @@ def main(argv: list[str]) -> int:
         found: dict[str, list[float]] = {"on": [], "off": []}
         stats = bench.engine.stats()
         for idx in range(args.rounds + 1):
+            if idx and len(batches[0]) > 1:
+                for name, rate in bench.take_turns(batches[0], num_tokens, **fields).items():
+                    found[name].append(rate)
+                continue
             seconds = dict.fromkeys(found, 0.0)
             for prompts in batches:
                 answers = {}
@@ -128,7 +162,7 @@ def main(argv: list[str]) -> int:
                     elapsed, answers[name] = bench.run(name, prompts, num_tokens, **fields)
                     seconds[name] += elapsed
                 assert answers["on"] == answers["off"], "drafts changed an answer"
-            if idx:  # the first round warms up
+            if idx:  # the first round warms up, and checks
                 for name, elapsed in seconds.items():
                     found[name].append(sum(map(len, batches)) * (num_tokens - 1) / elapsed)
         now = bench.engine.stats()

@@ -31,7 +31,9 @@ class Bench:
         self.tokenizer = opened.tokenizer
         self.ids = opened.tokenizer.encode(CODE)
         self.bytes_per_token = opened.decoder.kv_bytes_per_token()
-        self.engine = Engine(opened.decoder, opened.tokenizer, context=4096, max_rows=16)
+        self.engine = Engine(
+            opened.decoder, opened.tokenizer, context=4096, max_rows=16, draft_tokens=0
+        )
         self.page_size = 16
 
     def steps(self, first: int, num_prompt: int, **fields: Any) -> tuple[list[float], int]:
