@@ -8,15 +8,15 @@
 // depend on the sequence's length alone, then of slots; its maximum, sum and output go to the
 // workspace, and the block that is last to come adds a row's chunks up in their order: a row is the
 // same bits whoever shares its batch. Rows of 16-bit floats that match their pages meet the keys on
-// tensor cores (attention.cuh), up to 64 rows a block; all else takes float32 multiply-adds.
+// tensor cores (attention_matrix.cuh), up to 64 rows a block; all else takes float32 multiply-adds.
 // Cost: K and V of a sequence once for every 64 query rows of a KV head: bound by memory. Partial
 // results add 8 * rows * head_dim bytes to the 1024 * head_dim of a chunk's keys and values.
-// Numerics: those of attention.cuh. A slot that a row doesn't see never reaches it, be it NaN.
-// Source: stream-K (Osama et al. 2023, arXiv 2301.03598) for equal runs of work, here of whole
+// Numerics: those of attention_matrix.cuh. A slot that a row doesn't see never reaches it, be it
+// NaN. Source: stream-K (Osama et al. 2023, arXiv 2301.03598) for equal runs of work, here of whole
 // chunks for the sake of equal bits; split keys as in Flash-Decoding (Dao et al. 2023).
 #include <algorithm>
 
-#include "cuda/attention.cuh"
+#include "cuda/attention_matrix.cuh"
 #include "cuda/attention_plain.cuh"
 #include "cuda/device.h"
 #include "ops/attention_decode.h"
@@ -46,7 +46,7 @@ struct Sequence {
   int first_chunk, num_key_chunks, num_chunks, num_blocks, num_units;
 
   __device__ Sequence() {}
-  __device__ Sequence(const AttentionDecodeParams& p, int seq, int block_rows) {
+  __device__ __forceinline__ Sequence(const AttentionDecodeParams& p, int seq, int block_rows) {
     const int room = static_cast<int>(min(p.max_pages * p.page_size, std::int64_t{0x7fffffff}));
     const int all_tokens = static_cast<int>(p.num_tokens), window = window_of(p);
     seq_len = min(max(__ldg(p.seq_lens + seq), 0), room);
@@ -270,10 +270,12 @@ __device__ inline void finish_unit(const AttentionDecodeParams& p, const Partial
                                    const OwnWalk& walk, const QueryRows& block, const Rows& rows,
                                    int* shared, const Store& store) {
   const auto row_of = [&](int row) { return block.token(row) * p.num_q_heads + block.head(row); };
+  const int dim = static_cast<int>(p.head_dim);
   if (walk.s.num_chunks == 1) {
     float inverse = 0.0f;
     std::int64_t at = 0;
     rows.for_each_output(
+        block.num_rows, dim,
         [&](int row, bool, float, float sum) {
           inverse = 1.0f / sum;
           at = block.token(row) * p.out_stride + block.head(row) * p.head_dim;
@@ -283,6 +285,7 @@ __device__ inline void finish_unit(const AttentionDecodeParams& p, const Partial
   }
   float* out = nullptr;
   rows.for_each_output(
+      block.num_rows, dim,
       [&](int row, bool is_first, float maximum, float sum) {
         const std::int64_t at = row_of(row) * partials.max_chunks + walk.chunk;
         out = partials.out + at * p.head_dim;
@@ -293,28 +296,26 @@ __device__ inline void finish_unit(const AttentionDecodeParams& p, const Partial
     add_up(p, partials, block, walk.s.num_chunks);
 }
 
-// Shared memory: the counts of Walk and the seen slots, then, of decode_matrix, in bytes:
-constexpr int kSeenOffset = 256;  // words [kMatrixRows, 2]
-constexpr int kRowsOffset = kSeenOffset + 8 * kMatrixRows;
+// Shared memory: the counts of Walk, the seen slots, then the rows' own, from byte kRows on; of
+// decode_matrix scores, queries (where not in registers) and the ring of tiles.
+constexpr int kSeen = 256;  // words [kMatrixRows, 2]
+constexpr int kRows = kSeen + 8 * kMatrixRows;
 template <int kDim>
-struct DecodeShared {
-  static constexpr bool kQueryInShared = kDim > 128;
-  static constexpr int kQuery = kRowsOffset + 16 * kScoreStride<kDim> * 4;
-  static constexpr int kRing =
-      kQuery + (kQueryInShared ? kMatrixRows * TileShape<kDim>::kStride * 2 : 0);
-};
+constexpr int kQuery = kDim > 128 ? kRows + 16 * kScoreStride<kDim> * 4 : -1;
+template <int kDim>
+constexpr int kRing = kDim > 128 ? kQuery<kDim> + kMatrixRows * TileShape<kDim>::kStride * 2
+                                 : kRows + 16 * kScoreStride<kDim> * 4;
 
 template <class T, int kDim, bool kSplitRows, class Tiles, class OwnWalk>
 __device__ inline void run_unit(const AttentionDecodeParams& p, const Partials& partials,
                                 Tiles& ring, OwnWalk& walk, char* shared) {
   constexpr int kTileKeys = TileShape<kDim>::kKeys;
-  using Shared = DecodeShared<kDim>;
-  using Rows = MatrixRows<T, kDim, 1, kSplitRows, Shared::kQueryInShared>;
-  auto* seen = reinterpret_cast<std::uint32_t*>(shared + kSeenOffset);
-  auto* exchange = reinterpret_cast<float*>(shared + kRowsOffset);
+  using Rows = MatrixRows<T, kDim, 1, kSplitRows, kQuery<kDim>>;
+  auto* seen = reinterpret_cast<std::uint32_t*>(shared + kSeen);
+  auto* exchange = reinterpret_cast<float*>(shared + kRows);
   const QueryRows block = walk.rows(p);
-  if constexpr (Shared::kQueryInShared) __syncthreads();  // the rows before are done with theirs
-  Rows rows(p, block, reinterpret_cast<T*>(shared + Shared::kQuery));
+  if constexpr (kQuery<kDim> >= 0) __syncthreads();  // the rows before are done with theirs
+  Rows rows(p, block);
   int tokens[2], positions[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -326,7 +327,7 @@ __device__ inline void run_unit(const AttentionDecodeParams& p, const Partials& 
   for (; walk.first < walk.end; walk.first += kTileKeys) {
     T* tile = ring.next(p);
     if (!walk.is_slots) {
-      rows.add(tile, exchange, [&](int, int half) {
+      rows.add(p, tile, exchange, [&](int, int half) {
         return seen_keys<kTileKeys>(p, positions[half], walk.first, walk.end);
       });
       continue;
@@ -339,7 +340,7 @@ __device__ inline void run_unit(const AttentionDecodeParams& p, const Partials& 
       Rows::clear_no_numbers(tile);
       __syncthreads();
     }
-    rows.add(tile, exchange, seen_by);
+    rows.add(p, tile, exchange, seen_by);
   }
   finish_unit(p, partials, walk, block, rows, reinterpret_cast<int*>(shared),
               [&](std::int64_t at, float a, float b) {
@@ -356,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   OwnWalk walk(p, reinterpret_cast<int*>(shared));
   OwnWalk ahead = walk;
   if (!ahead.has_tile()) ahead.advance(p);
-  Ring<T, kDim, OwnWalk> ring(p, ahead, shared + DecodeShared<kDim>::kRing, num_stages);
+  Ring<T, kDim, kRing<kDim>, OwnWalk> ring(p, ahead, num_stages);
   for (; walk.num_left > 0; walk.next_unit(p)) {
     if (walk.rows(p).num_rows <= 16) {
       run_unit<T, kDim, false>(p, partials, ring, walk, shared);
@@ -373,11 +374,11 @@ __global__ void __launch_bounds__(kThreads)
                  const __grid_constant__ Partials partials) {
   using OwnWalk = Walk<kPlainKeys, kPlainRows>;
   char* shared = dynamic_shared();
-  auto* seen = reinterpret_cast<std::uint32_t*>(shared + kSeenOffset);
+  auto* seen = reinterpret_cast<std::uint32_t*>(shared + kSeen);
   OwnWalk walk(p, reinterpret_cast<int*>(shared));
   for (; walk.num_left > 0; walk.next_unit(p)) {
     const QueryRows block = walk.rows(p);
-    PlainRows<T, kCols> rows(p, block, reinterpret_cast<float*>(shared + kRowsOffset));
+    PlainRows<T, kCols> rows(p, block, reinterpret_cast<float*>(shared + kRows));
     const auto token_of = [&](int i) { return block.token(min(rows.row(i), block.num_rows - 1)); };
     for (; walk.first < walk.end; walk.first += kPlainKeys) {
       if (walk.is_slots) {
@@ -423,15 +424,18 @@ void launch_decode(Kernel kernel, const AttentionDecodeParams& p, int block_rows
          p, partials, more...);
 }
 
+// Whether the device's shared memory allows it (99 KB don't for 256 columns).
 template <class T>
-void decode_on_matrices(const AttentionDecodeParams& p) {
-  dispatch_dim(p.head_dim, [&]<int kDim>() {
+bool decode_on_matrices(const AttentionDecodeParams& p) {
+  return dispatch_dim(p.head_dim, [&]<int kDim>() {
     // As many stages as let two blocks share a multiprocessor, or as fit at all.
-    constexpr std::int64_t kFixed = DecodeShared<kDim>::kRing, kStage = TileShape<kDim>::kBytes;
+    constexpr std::int64_t kFixed = kRing<kDim>, kStage = TileShape<kDim>::kBytes;
     const std::int64_t most = device_info().max_shared_bytes;
+    if (kFixed + 2 * kStage > most) return false;
     const std::int64_t stages = std::clamp<std::int64_t>((most / 2 - 1024 - kFixed) / kStage, 2, 4);
     launch_decode(&decode_matrix<T, kDim>, p, kMatrixRows, kFixed + stages * kStage, 2,
                   static_cast<int>(stages));
+    return true;
   });
 }
 
@@ -439,12 +443,12 @@ void decode_on_matrices(const AttentionDecodeParams& p) {
 
 void attention_decode(const AttentionDecodeParams& p) {
   if (p.num_tokens == 0 || p.num_seqs == 0) return;
-  if (fits_matrices(p)) {
-    return p.dtype == DType::f16 ? decode_on_matrices<Half>(p) : decode_on_matrices<BFloat>(p);
+  if (fits_matrices(p) &&
+      (p.dtype == DType::f16 ? decode_on_matrices<Half>(p) : decode_on_matrices<BFloat>(p))) {
+    return;
   }
   dispatch_plain(p, [&]<class T, int kCols>() {
-    launch_decode(&decode_plain<T, kCols>, p, kPlainRows,
-                  kRowsOffset + plain_shared(p.head_dim) * 4, 4);
+    launch_decode(&decode_plain<T, kCols>, p, kPlainRows, kRows + plain_shared(p.head_dim) * 4, 4);
   });
 }
 

@@ -50,7 +50,7 @@ class PlainRows {
  public:
   // `shared` [plain_shared(head_dim)] is nobody else's from here on.
   __device__ PlainRows(const AttentionPrefillParams& p, const QueryRows& rows, float* shared)
-      : scale_(p), dim_(static_cast<int>(p.head_dim)), num_rows_(rows.num_rows) {
+      : log2_scale_(log2_scale(p)), dim_(static_cast<int>(p.head_dim)), num_rows_(rows.num_rows) {
     query_ = shared;
     keys_ = shared + kPlainRows * dim_;
     __syncthreads();  // the rows before are done with `shared`
@@ -101,7 +101,7 @@ class PlainRows {
     for (int i = 0; i < 2; ++i) {
       own[i] = row(i) < num_rows_ ? static_cast<unsigned>(seen(i)) : 0u;
       any |= own[i];
-      weights[i] = own[i] == 0 ? 0.0f : weigh(i, own[i]);
+      weights[i] = own[i] == 0 ? 0.0f : weigh(p, i, own[i]);
     }
     for (; any != 0; any &= any - 1) {
       const int key = __ffs(static_cast<int>(any)) - 1;
@@ -123,14 +123,15 @@ class PlainRows {
 
   // As MatrixRows::for_each_output, for single columns.
   template <class FnRow, class Fn>
-  __device__ void for_each_output(const FnRow& fn_row, const Fn& fn) const {
+  __device__ void for_each_output(int num_rows, int head_dim, const FnRow& fn_row,
+                                  const Fn& fn) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (row(i) >= num_rows_) continue;
+      if (row(i) >= num_rows) continue;
       fn_row(row(i), lane() == 0, maxima_[i], sums_[i]);
 #pragma unroll
       for (int j = 0; j < kCols; ++j) {
-        if (lane() + 32 * j < dim_) fn(lane() + 32 * j, out_[i][j]);
+        if (lane() + 32 * j < head_dim) fn(lane() + 32 * j, out_[i][j]);
       }
     }
   }
@@ -140,7 +141,7 @@ class PlainRows {
   __device__ static int lane() { return threadIdx.x % 32; }
 
   // This lane's key's weight; the row's maximum, sum and output follow.
-  __device__ float weigh(int i, unsigned seen) {
+  __device__ float weigh(const AttentionPrefillParams& p, int i, unsigned seen) {
     const float4* query = reinterpret_cast<const float4*>(query_ + row(i) * dim_);
     const float4* key = reinterpret_cast<const float4*>(keys_ + lane() * (dim_ + 4));
     float sums[4] = {};
@@ -151,13 +152,13 @@ class PlainRows {
       sums[2] = fmaf(a.z, b.z, sums[2]);
       sums[3] = fmaf(a.w, b.w, sums[3]);
     }
-    float score = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    if (scale_.softcap > 0) score = scale_.cap(score);
-    if ((seen >> lane() & 1) == 0) score = -kInfinity;
-    const float maximum = fmaxf(maxima_[i], warp_reduce(score, Max()) * scale_.outer);
+    float scores[1] = {(sums[0] + sums[1]) + (sums[2] + sums[3])};
+    if (p.softcap > 0) cap_scores(p, scores);
+    const float score = (seen >> lane() & 1) != 0 ? scores[0] : -kInfinity;
+    const float maximum = fmaxf(maxima_[i], warp_reduce(score, Max()) * log2_scale_);
     const float base = maximum == -kInfinity ? 0.0f : maximum;
     const float shrink = exp2_fast(maxima_[i] - base);
-    const float weight = exp2_fast(fmaf(score, scale_.outer, -base));
+    const float weight = exp2_fast(fmaf(score, log2_scale_, -base));
     maxima_[i] = maximum;
     sums_[i] = fmaf(sums_[i], shrink, warp_reduce(weight, Sum()));
 #pragma unroll
@@ -165,7 +166,7 @@ class PlainRows {
     return weight;
   }
 
-  ScoreScale scale_;
+  float log2_scale_;
   int dim_, num_rows_;
   float *query_, *keys_;
   float out_[2][kCols], maxima_[2], sums_[2];

@@ -3,19 +3,19 @@
 //
 // Mapping: a block takes up to 128 query rows (tokens x the query heads that share one KV head; 64
 // for head sizes above 128) of one sequence and goes over the keys that they see, from the first to
-// the last, by the tiles of attention.cuh: 32 rows a warp, so that a tile read from shared memory
-// serves two tensor-core operations each. Blocks are numbered so that the last rows of a sequence,
-// which see most keys, come first, and the KV heads of the same rows side by side. Which sequence a
-// block's number belongs to follows from query_starts alone, by bisection: nothing is planned.
-// Cost: 4 * head_dim operations per row and visible key: bound by arithmetic from about 300 rows
-// on (half of the Hopper tensor cores' rate is out of this instruction's reach; wgmma is to come).
-// Numerics: those of attention.cuh. Tiles begin at multiples of 64 keys (32 for head sizes above
-// 128), so that a row is the same bits in any chunk of a prompt and in any batch, and the same as
-// attention_decode's where that has one chunk of keys (up to 256).
-// Source: FlashAttention-2 (Dao 2023, arXiv 2307.08691); rows of a group side by side as in FA3.
+// the last, by the tiles of attention_matrix.cuh: 32 rows a warp, so that a tile read from shared
+// memory serves two tensor-core operations each. Blocks are numbered so that the last rows of a
+// sequence, which see most keys, come first, and the KV heads of the same rows side by side. Which
+// sequence a block's number belongs to follows from query_starts alone, by bisection: nothing is
+// planned. Cost: 4 * head_dim operations per row and visible key: bound by arithmetic from about
+// 300 rows on (half of the Hopper tensor cores' rate is out of this instruction's reach; wgmma is
+// to come). Numerics: those of attention_matrix.cuh. Tiles begin at multiples of 64 keys (32 for
+// head sizes above 128), so that a row is the same bits in any chunk of a prompt and in any batch,
+// and the same as attention_decode's where that has one chunk of keys (up to 256). Source:
+// FlashAttention-2 (Dao 2023, arXiv 2307.08691); rows of a group side by side as in FA3.
 #include <algorithm>
 
-#include "cuda/attention.cuh"
+#include "cuda/attention_matrix.cuh"
 #include "cuda/attention_plain.cuh"
 #include "cuda/device.h"
 #include "ops/attention_prefill.h"
@@ -35,8 +35,9 @@ struct PrefillWalk {
   // num_rows is 0 where this number has no rows.
   __device__ explicit PrefillWalk(const AttentionPrefillParams& p) {
     const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
-    const int number = static_cast<int>(gridDim.y - 1 - blockIdx.y);
-    kv_head = static_cast<int>(blockIdx.x);
+    const int num_heads = static_cast<int>(p.num_kv_heads);
+    const int number = static_cast<int>(gridDim.x - 1 - blockIdx.x) / num_heads;
+    kv_head = kv_head_of(p);
     // Numbers of a sequence's blocks begin at that of its first row, in blocks, plus its own.
     const auto first_number = [&](int s) {
       return static_cast<int>(static_cast<std::int64_t>(start_of(p, s)) * group / kBlockRows) + s;
@@ -63,6 +64,9 @@ struct PrefillWalk {
     return {first_token, first_row, num_rows, kv_head,
             static_cast<int>(p.num_q_heads / p.num_kv_heads)};
   }
+  __device__ static int kv_head_of(const AttentionPrefillParams& p) {
+    return static_cast<int>(blockIdx.x % p.num_kv_heads);
+  }
   __device__ int position(int token) const { return last_position - (last_token - token); }
   __device__ bool has_tile() const { return first < end; }
   __device__ void advance(const AttentionPrefillParams&) { first += kTileKeys; }
@@ -73,25 +77,31 @@ struct PrefillWalk {
   }
 };
 
-template <int kDim>
-constexpr int kPrefillRowTiles = kDim > 128 ? 1 : 2;
-template <int kDim>
-constexpr int kPrefillRows = 16 * kWarps * kPrefillRowTiles<kDim>;
-template <int kDim>
-constexpr int kQueryBytes = kPrefillRows<kDim> * TileShape<kDim>::kStride * 2;
+constexpr int kStages = 2;  // one tile under way
+template <int kRowTiles>
+constexpr int kPrefillRows = 16 * kWarps * kRowTiles;
+// Shared memory: the queries, and from here on, in bytes, the ring of tiles.
+template <int kDim, int kRowTiles>
+constexpr int kRing = kPrefillRows<kRowTiles> * TileShape<kDim>::kStride * 2;
 
-template <class T, int kDim>
+template <class T, int kDim, int kRowTiles>
 __global__ void __launch_bounds__(kThreads)
-    prefill_matrix(const __grid_constant__ AttentionPrefillParams p, int num_stages) {
-  constexpr int kTileKeys = TileShape<kDim>::kKeys, kRowTiles = kPrefillRowTiles<kDim>;
-  using Walk = PrefillWalk<kTileKeys, kPrefillRows<kDim>>;
-  using Rows = MatrixRows<T, kDim, kRowTiles, true, true>;
-  char* shared = dynamic_shared();
+    prefill_matrix(const __grid_constant__ AttentionPrefillParams p) {
+  constexpr int kTileKeys = TileShape<kDim>::kKeys;
+  using Walk = PrefillWalk<kTileKeys, kPrefillRows<kRowTiles>>;
+  using Rows = MatrixRows<T, kDim, kRowTiles, true, 0>;
   Walk walk(p);
   if (walk.num_rows <= 0) return;
-  Ring<T, kDim, Walk> ring(p, walk, shared + kQueryBytes<kDim>, num_stages);
+  Ring<T, kDim, kRing<kDim, kRowTiles>, Walk> ring(p, walk, kStages);
   const QueryRows block = walk.rows(p);
-  Rows rows(p, block, reinterpret_cast<T*>(shared));
+  // Kept for the end behind the first query's columns: registers are scarce until then.
+  int* kept = reinterpret_cast<int*>(dynamic_shared() + 2 * kDim);
+  if (threadIdx.x == 0) {
+    kept[0] = block.first_token;
+    kept[1] = block.first_row;
+    kept[2] = block.num_rows;
+  }
+  Rows rows(p, block);
   int positions[kRowTiles][2];
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
@@ -100,18 +110,21 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (; walk.has_tile(); walk.advance(p)) {
     const T* tile = ring.next(p);
-    rows.add(tile, nullptr, [&](int r, int half) {
+    rows.add(p, tile, nullptr, [&](int r, int half) {
       return seen_keys<kTileKeys>(p, positions[r][half], walk.first, walk.end);
     });
   }
   async_copy_wait<0>();
+  __syncthreads();
+  const QueryRows done{kept[0], kept[1], kept[2], Walk::kv_head_of(p),
+                       static_cast<int>(p.num_q_heads / p.num_kv_heads)};
   float inverse = 0.0f;
   T* out = nullptr;
   rows.for_each_output(
+      done.num_rows, static_cast<int>(p.head_dim),
       [&](int row, bool, float, float sum) {
         inverse = 1.0f / sum;
-        out =
-            static_cast<T*>(p.out) + block.token(row) * p.out_stride + block.head(row) * p.head_dim;
+        out = static_cast<T*>(p.out) + done.token(row) * p.out_stride + done.head(row) * p.head_dim;
       },
       [&](int col, float a, float b) {
         *reinterpret_cast<unsigned*>(out + col) = pack<T>(a * inverse, b * inverse);
@@ -134,6 +147,7 @@ __global__ void __launch_bounds__(kThreads)
   float inverse = 0.0f;
   std::int64_t at = 0;
   rows.for_each_output(
+      block.num_rows, static_cast<int>(p.head_dim),
       [&](int row, bool, float, float sum) {
         inverse = 1.0f / sum;
         at = block.token(row) * p.out_stride + block.head(row) * p.head_dim;
@@ -145,20 +159,30 @@ __global__ void __launch_bounds__(kThreads)
 Shape prefill_shape(const AttentionPrefillParams& p, std::int64_t block_rows,
                     std::int64_t shared_bytes) {
   const std::int64_t rows = p.num_tokens * (p.num_q_heads / p.num_kv_heads);
-  return {.grid = dim3(static_cast<unsigned>(p.num_kv_heads),
-                       static_cast<unsigned>(rows / block_rows + p.num_seqs)),
+  return {.grid = static_cast<unsigned>((rows / block_rows + p.num_seqs) * p.num_kv_heads),
           .block = kThreads,
           .shared_bytes = shared_bytes};
 }
 
+template <class T, int kDim, int kRowTiles>
+bool try_prefill(const AttentionPrefillParams& p) {
+  constexpr std::int64_t kBytes = kRing<kDim, kRowTiles> + kStages * TileShape<kDim>::kBytes;
+  if (kBytes > device_info().max_shared_bytes) return false;
+  launch(&prefill_matrix<T, kDim, kRowTiles>, prefill_shape(p, kPrefillRows<kRowTiles>, kBytes), p);
+  return true;
+}
+
+// 32 rows a warp, where registers and shared memory hold them (99 KB don't for 128 columns).
 template <class T>
-void prefill_on_matrices(const AttentionPrefillParams& p) {
-  dispatch_dim(p.head_dim, [&]<int kDim>() {
-    const int stages = 2;
-    launch(
-        &prefill_matrix<T, kDim>,
-        prefill_shape(p, kPrefillRows<kDim>, kQueryBytes<kDim> + stages * TileShape<kDim>::kBytes),
-        p, stages);
+bool prefill_on_matrices(const AttentionPrefillParams& p) {
+  return dispatch_dim(p.head_dim, [&]<int kDim>() {
+    if constexpr (kDim <= 128) {
+      if (try_prefill<T, kDim, 2>(p)) return true;
+    }
+    if constexpr (kDim >= 128) {
+      if (try_prefill<T, kDim, 1>(p)) return true;
+    }
+    return false;
   });
 }
 
@@ -166,8 +190,9 @@ void prefill_on_matrices(const AttentionPrefillParams& p) {
 
 void attention_prefill(const AttentionPrefillParams& p) {
   if (p.num_tokens == 0 || p.num_seqs == 0) return;
-  if (fits_matrices(p)) {
-    return p.dtype == DType::f16 ? prefill_on_matrices<Half>(p) : prefill_on_matrices<BFloat>(p);
+  if (fits_matrices(p) &&
+      (p.dtype == DType::f16 ? prefill_on_matrices<Half>(p) : prefill_on_matrices<BFloat>(p))) {
+    return;
   }
   dispatch_plain(p, [&]<class T, int kCols>() {
     launch(&prefill_plain<T, kCols>, prefill_shape(p, kPlainRows, plain_shared(p.head_dim) * 4), p);
