@@ -42,7 +42,7 @@ from fullbeam.models.gguf import GgufFile
 from fullbeam.models.tokenizer import Tokenizer
 
 RUNTIMES = ("fullbeam", "llama.cpp", "ctranslate2", "openvino", "transformers")
-FORMATS = {"ctranslate2": "ctranslate2", "openvino": "openvino", "transformers": "transformers"}
+CONVERTED = ("transformers", "ctranslate2", "openvino")  # formats of benchmarks/peer_models.py
 WORKER = Path(__file__).with_name("peer_worker.py")
 CONVERTER = Path(__file__).with_name("peer_models.py")
 ROWS = {
@@ -153,9 +153,9 @@ def cpu_s(pid: int | None = None) -> float:
 
 def model_for(name: str, args: argparse.Namespace) -> Path:
     """Return the file or folder that a runtime reads, converted now where it is not there."""
-    if name not in FORMATS:
+    if name not in CONVERTED:
         return Path(args.model)
-    folder = Path(args.models or cache_folder() / "peers") / args.model.stem / FORMATS[name]
+    folder = Path(args.models or cache_folder() / "peers") / args.model.stem / name
     if folder.is_dir():
         return folder
     python, source = args.peers_python, args.model
@@ -167,7 +167,7 @@ def model_for(name: str, args: argparse.Namespace) -> Path:
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    command = [python, str(CONVERTER), FORMATS[name], str(source), str(partial)]
+    command = [python, str(CONVERTER), name, str(source), str(partial)]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return partial.rename(folder)
 
