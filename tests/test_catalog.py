@@ -67,7 +67,7 @@ def test_catalogue_entries_are_consistent() -> None:
     assert catalog.DEFAULT_MODEL in CATALOG
     for name, entry in CATALOG.items():
         assert entry.name == name
-        assert entry.file.endswith(".gguf")
+        assert entry.file.endswith(".gguf") or (not entry.file and isinstance(entry.source, Hub))
         assert entry.size_bytes > 1 << 20
         assert entry.sha256 is None or len(bytes.fromhex(entry.sha256)) == 32
         assert entry.sha256 is not None or isinstance(entry.source, Hub)
@@ -212,7 +212,9 @@ def test_pull_reads_a_good_file_and_keeps_it(
 
 
 def test_pull_refuses_other_names() -> None:
-    with pytest.raises(ValueError, match=r"pull: name must be one of gemma-3-270m, .*got 'nope'"):
+    with pytest.raises(
+        ValueError, match=r"pull: name must be a hub id or one of gemma-3-270m, .*got 'nope'"
+    ):
         pull("nope")
 
 
@@ -295,7 +297,9 @@ def test_local_hub_file_is_used_without_the_hub(
 
 
 def test_unknown_name_lists_the_catalogue() -> None:
-    with pytest.raises(ValueError, match=r"exists, or one of gemma-3-270m, qwen.*got 'nope'"):
+    with pytest.raises(
+        ValueError, match=r"exists, a hub id, or one of gemma-3-270m, qwen.*got 'nope'"
+    ):
         resolve("nope")
     with pytest.raises(ValueError, match=r"gemma-3-270m.*got '/no/such\.gguf'"):
         resolve("/no/such.gguf")

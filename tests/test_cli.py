@@ -301,7 +301,7 @@ def test_models_lists_the_catalogue(run: Run, tmp_path: Path) -> None:
 
 
 def test_pull_of_an_unknown_name(run: Run) -> None:
-    assert "pull: name must be one of gemma-3-270m" in one_line(run("pull", "nope"), 2)
+    assert "pull: name must be a hub id or one of gemma-3-270m" in one_line(run("pull", "nope"), 2)
 
 
 def test_info(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

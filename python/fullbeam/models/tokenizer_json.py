@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fullbeam.models.huggingface import read_json
+from fullbeam.models.huggingface import folder_name, read_json
 from fullbeam.models.tokenizer import Tokenizer
 from fullbeam.models.vocabulary import (
     BYTE,
@@ -85,7 +85,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         id_of,
         kinds,
         lambda key: id_of(options.get(_INFILL_NAMES[key])) if key in _INFILL_NAMES else None,
-        prefix_last=is_prefix_last(config.get("model_type", ""), folder.name),
+        prefix_last=is_prefix_last(config.get("model_type", ""), folder_name(folder)),
     )
     kinds[list(ends)] = CONTROL
     vocabulary = Vocabulary([], {}, kinds, None, bos, special.eos_ids | ends, special.infill)
