@@ -129,7 +129,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     ),
     "type": (
         edit_tensors(**{DOWN: np.zeros((64, 96), np.int64)}),
-        r"tensor model\.layers\.1\.mlp\.down_proj\.weight must be F32, F16 or BF16, got I64$",
+        r"tensor model\.layers\.1\.mlp\.down_proj\.weight must be F32, F16, BF16, got I64$",
     ),
     "strange tensor": (
         edit_tensors(model__layers__1__mlp__experts=np.zeros(3, np.float32)),
@@ -183,6 +183,12 @@ def test_a_model_that_does_not_fit_is_refused(
     monkeypatch.setattr(memory, "available_bytes", lambda: 100 << 10)
     with pytest.raises(ValueError, match=r"must fit in memory: they take 0 MiB, 0 MiB are"):
         models.open_model(folder)
+
+
+def test_tables_that_older_versions_saved_are_no_matter(folder: Path) -> None:
+    mask = np.ones((1, 1, 9, 9), np.bool_)
+    edit_tensors(model__layers__0__attn__bias=mask, model__layers__0__attention__bias=mask)(folder)
+    assert open_model(folder).decoder.config.num_layers == 3
 
 
 def test_shards_are_one_model(tmp_path: Path) -> None:

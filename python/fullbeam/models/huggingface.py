@@ -22,6 +22,7 @@ from fullbeam.models.source import Bytes, Source, Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
+_TYPES = ("F32", "F16", "BF16")
 # What models were saved with, but nobody reads: tables that can be computed.
 _IGNORED = re.compile(
     r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$|\.attention\.(bias|masked_bias)$"
@@ -138,6 +139,11 @@ class HuggingFaceFolder(Source):
                 left.remove(name)
                 if stem == "output" and self.config.get("tie_word_embeddings"):
                     continue
+                if found[name].type not in _TYPES:
+                    raise ValueError(
+                        f"{self.path}: tensor {name} must be {', '.join(_TYPES)}, "
+                        f"got {found[name].type}"
+                    )
                 tensors[f"{stem}.{ending}"] = self._arranged(stem, found[name])
         if left:
             raise ValueError(

@@ -15,7 +15,8 @@ import numpy as np
 
 from fullbeam.models.source import Bytes
 
-_NUM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_NUM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2}
+_NUM_BYTES |= {"F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class SafetensorsFile:
     """A mapped file; `tensors` are what it holds, by name."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError where the file is damaged or has a tensor of a type that isn't read."""
+        """Raises ValueError where the file is damaged or has a tensor of an unknown type."""
         from safetensors import SafetensorError, safe_open
 
         self.path = path
@@ -57,7 +58,7 @@ class SafetensorsFile:
                     kind, shape = part.get_dtype(), tuple(part.get_shape())
                     if kind not in _NUM_BYTES:
                         raise ValueError(
-                            f"{path}: tensor {name} must be F32, F16 or BF16, got {kind}"
+                            f"{path}: tensor {name} must be of a known type, got {kind}"
                         )
                     num_bytes = prod(shape) * _NUM_BYTES[kind]
                     self.tensors[name] = FileTensor(self, name, kind, shape, offset, num_bytes)
