@@ -38,7 +38,7 @@ def mixed_text() -> str:
     folder = Path(sysconfig.get_paths()["stdlib"])
     code = "".join(
         path.read_text(encoding="utf-8", errors="ignore")
-        for path in sorted(folder.glob("[a-i]*.py"))
+        for path in sorted(folder.glob("[a-t]*.py"))
     )
     scripts = (0x0391, 0x0416, 0x05D0, 0x0915, 0x3042, 0x4E2D, 0xAC00, 0x1F600)
     words = [
@@ -53,14 +53,14 @@ def mixed_text() -> str:
 
 def trained(*, is_byte_level: bool) -> tokenizers.Tokenizer:
     """A BPE tokenizer learnt from a part of the text."""
-    sample = mixed_text()[:200_000] + mixed_text()[-1000:]
+    sample = mixed_text()[:100_000] + mixed_text()[-1000:]
     if is_byte_level:
         tokenizer = tokenizers.Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=2000, initial_alphabet=alphabet, show_progress=False
+            vocab_size=1000, initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator([sample], trainer)
     else:
@@ -69,7 +69,7 @@ def trained(*, is_byte_level: bool) -> tokenizers.Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
         texts = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         trainer = trainers.BpeTrainer(
-            vocab_size=2000, special_tokens=texts, limit_alphabet=80, show_progress=False
+            vocab_size=1000, special_tokens=texts, limit_alphabet=80, show_progress=False
         )
         tokenizer.train_from_iterator([sample], trainer)
         # As pieces that merge across the whole text, without the marks of the training.
@@ -100,7 +100,7 @@ def gguf_metadata(tokenizer: tokenizers.Tokenizer, *, is_byte_level: bool) -> di
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.scores": -np.arange(len(tokens), dtype=np.float32),
         "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.ggml.unknown_token_id": 0,
+        **{f"tokenizer.ggml.{role}_token_id": 0 for role in ("unknown", "bos", "eos")},
         "tokenizer.ggml.add_bos_token": False,
     }
 

@@ -228,7 +228,10 @@ class Tokenizer:
             if self.backend.pre_tokenizer is not None:
                 literal.pre_tokenizer = self.backend.pre_tokenizer
             known = self.backend.get_added_tokens_decoder()
-            literal.add_tokens([known[i] for i in sorted(known) if not self.is_special(i)])
+            # All of them, in order: those outside the model's vocabulary get their ids by that.
+            literal.add_tokens([known[i] for i in sorted(known)])
+            literal.add_special_tokens([known[i] for i in sorted(known) if self.is_special(i)])
+            literal.encode_special_tokens = True
             self._literal = literal
         return self._literal
 
