@@ -2,7 +2,7 @@
 // Causal attention of many query tokens per sequence over paged keys.
 //
 // Mapping: a block takes up to 128 query rows (tokens x the query heads that share one KV head; 64
-// for head sizes above 128) of one sequence and goes over the keys that they see, from the first to
+// for some head sizes) of one sequence and goes over the keys that they see, from the first to
 // the last, by the tiles of attention_matrix.cuh: 32 rows a warp, so that a tile read from shared
 // memory serves two tensor-core operations each. Blocks are numbered so that the last rows of a
 // sequence, which see most keys, come first, and the KV heads of the same rows side by side. Which
@@ -172,14 +172,15 @@ bool try_prefill(const AttentionPrefillParams& p) {
   return true;
 }
 
-// 32 rows a warp, where registers and shared memory hold them (99 KB don't for 128 columns).
+// 32 rows a warp, where registers (not for 96 columns on sm_80) and shared memory (99 KB don't for
+// 128 columns) hold them.
 template <class T>
 bool prefill_on_matrices(const AttentionPrefillParams& p) {
   return dispatch_dim(p.head_dim, [&]<int kDim>() {
-    if constexpr (kDim <= 128) {
+    if constexpr (kDim == 64 || kDim == 128) {
       if (try_prefill<T, kDim, 2>(p)) return true;
     }
-    if constexpr (kDim >= 128) {
+    if constexpr (kDim > 64) {
       if (try_prefill<T, kDim, 1>(p)) return true;
     }
     return false;
