@@ -48,16 +48,10 @@ int ask(cudaDeviceAttr attribute, int device_idx) {
 
 DeviceInfo device_info() {
   const int idx = current_stream().device_idx;
-  const auto ask_device = [idx] {
-    return DeviceInfo{10 * ask(cudaDevAttrComputeCapabilityMajor, idx) +
-                          ask(cudaDevAttrComputeCapabilityMinor, idx),
-                      ask(cudaDevAttrMultiProcessorCount, idx),
-                      ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, idx)};
-  };
-  const std::lock_guard<std::mutex> lock(mutex);
-  static auto* infos = new std::map<int, DeviceInfo>();
-  const auto found = infos->find(idx);
-  return found != infos->end() ? found->second : infos->emplace(idx, ask_device()).first->second;
+  return {10 * ask(cudaDevAttrComputeCapabilityMajor, idx) +
+              ask(cudaDevAttrComputeCapabilityMinor, idx),
+          ask(cudaDevAttrMultiProcessorCount, idx),
+          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, idx)};
 }
 
 void* workspace(std::int64_t num_bytes) {

@@ -11,7 +11,7 @@ struct DeviceInfo {
   std::int64_t max_shared_bytes;  // of one block
 };
 
-// Of the current stream's device; asked of the driver once.
+// Of the current stream's device.
 DeviceInfo device_info();
 
 // Grow-only memory of the current stream, for intermediate results of one op: the next op on the
