@@ -14,7 +14,8 @@ if(CMAKE_CUDA_COMPILER)
   target_include_directories(cuda_kernels PRIVATE csrc)
   target_compile_features(cuda_kernels PRIVATE cuda_std_20)
   # -fmad=false: products and sums are contracted only where the source says fma, as on the CPU.
-  target_compile_options(cuda_kernels PRIVATE -fmad=false -Xcompiler=-fvisibility=hidden,-Wall)
+  target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr
+    -Xcompiler=-fvisibility=hidden,-Wall)
   set_target_properties(cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
   # The runtime inside the module, the driver found at run time: it imports where there is none.
   target_link_libraries(cuda_kernels PRIVATE CUDA::cudart_static)

@@ -148,7 +148,7 @@ const std::uint32_t* mask_of(const std::uint32_t* masks, const std::int32_t* idx
 
 void read_beam(const BeamStepParams& p, std::int64_t beam, const BeamMemory& m,
                BeamTokens& tokens) {
-  const float* values = p.logits + p.beam_rows[beam] * p.logits_stride;
+  const float* values = static_cast<const float*>(p.logits) + p.beam_rows[beam] * p.logits_stride;
   if (p.bias_starts != nullptr && p.bias_starts[beam] < p.bias_starts[beam + 1]) {
     __builtin_memcpy(m.row, values, static_cast<std::size_t>(p.vocab_size) * sizeof(float));
     add_bias(m.row, p.vocab_size, p.bias_ids, p.bias_values,

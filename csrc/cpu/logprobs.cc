@@ -17,8 +17,8 @@ void logprobs_row(const LogprobsParams& p, std::int64_t idx) {
                         p.top_logprobs + idx * p.num_top, p.num_top};
   clear_logprobs(out);
   RowMemory m = row_memory(p.vocab_size);
-  const ScannedRow row =
-      scan(p.logits + idx * p.logits_stride, p.vocab_size, m.block_max, m.finite_row);
+  const ScannedRow row = scan(static_cast<const float*>(p.logits) + idx * p.logits_stride,
+                              p.vocab_size, m.block_max, m.finite_row);
   if (!row.has_distribution()) return;
   const double log_sum = log_sum_of(row, row_weight(row, kLog2E, nullptr));
   write_logprobs(m, row, log_sum, p.token_ids[idx], p.num_top, out);

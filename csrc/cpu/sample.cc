@@ -255,8 +255,9 @@ void sample_row(const SampleParams& p, std::int64_t idx) {
   p.token_ids[idx] = -1;
   const Edits edits = edits_of(p, idx);
   RowMemory m = row_memory(p.vocab_size);
-  const ScannedRow raw = scan(p.logits + idx * p.logits_stride, p.vocab_size, m.block_max,
-                              m.finite_row, edits.is_any() ? m.edited_row : nullptr);
+  const ScannedRow raw =
+      scan(static_cast<const float*>(p.logits) + idx * p.logits_stride, p.vocab_size, m.block_max,
+           m.finite_row, edits.is_any() ? m.edited_row : nullptr);
   if (!raw.has_distribution()) return;
   double mass = 0.0, log_sum = 0.0;
   if (wants_logprobs) {

@@ -28,7 +28,7 @@ BeamStepResults check_results(Check& check, const char* argument, const Tensor& 
 // What the arrays hold, where this call reads it now (a recorded program reads it later, and trusts
 // its maker).
 void check_data(const Check& check, const BeamStepParams& p) {
-  check_ints(check, "beam_rows", p.beam_rows, p.num_beams, 0, check.size("num_rows") - 1);
+  check_ints(check, "beam_rows", p.beam_rows, p.num_beams, 0, p.num_rows - 1);
   check_floats(check, "sums", p.sums, 2 * p.num_beams, -kMaxDouble, kMaxDouble, "finite");
   check_starts(check, "group_starts", p.group_starts, p.num_groups, "num_beams", p.num_beams);
   check_starts(check, "request_starts", p.request_starts, p.num_requests, "num_groups",
@@ -36,13 +36,11 @@ void check_data(const Check& check, const BeamStepParams& p) {
   check_ints(check, "beam_sizes", p.beam_sizes, p.num_groups, 1, p.max_beam);
   check_floats(check, "diversity_strengths", p.diversity_strengths, p.num_requests, 0.0f, kMaxFloat,
                "finite and at least 0");
-  check_ints(check, "allowed_idx", p.allowed_idx, p.num_beams, -1, check.size("num_allowed") - 1);
-  check_ints(check, "terminator_idx", p.terminator_idx, p.num_beams, -1,
-             check.size("num_terminators") - 1);
-  const std::int64_t num_biases = check.size("num_biases");
-  check_starts(check, "bias_starts", p.bias_starts, p.num_beams, "num_biases", num_biases);
-  check_ints(check, "bias_ids", p.bias_ids, num_biases, 0, p.vocab_size - 1);
-  check_floats(check, "bias_values", p.bias_values, num_biases,
+  check_ints(check, "allowed_idx", p.allowed_idx, p.num_beams, -1, p.num_allowed - 1);
+  check_ints(check, "terminator_idx", p.terminator_idx, p.num_beams, -1, p.num_terminators - 1);
+  check_starts(check, "bias_starts", p.bias_starts, p.num_beams, "num_biases", p.num_biases);
+  check_ints(check, "bias_ids", p.bias_ids, p.num_biases, 0, p.vocab_size - 1);
+  check_floats(check, "bias_values", p.bias_values, p.num_biases,
                -std::numeric_limits<float>::infinity(), kMaxFloat, "finite or -infinity");
 }
 
@@ -60,11 +58,12 @@ void beam_step(const Tensor& logits, const Tensor& beam_rows, const Tensor& sums
                const Tensor& out_finished_sums) {
   Check check("beam_step");
   BeamStepParams p{};
-  check.tensor("logits", logits, {"num_rows", "vocab_size"}, {DType::f32}, false);
+  check.activation("logits", logits, {"num_rows", "vocab_size"});
   check.tensor("beam_rows", beam_rows, {"num_beams"}, {DType::i32});
   check.tensor("sums", sums, {"num_beams", 2}, {DType::f64});
   check.tensor("beam_sizes", beam_sizes, {"num_groups"}, {DType::i32});
   check.tensor("diversity_strengths", diversity_strengths, {"num_requests"}, {DType::f32});
+  p.num_rows = check.size("num_rows");
   p.num_beams = check.size("num_beams");
   p.num_groups = check.size("num_groups");
   p.num_requests = check.size("num_requests");
@@ -88,11 +87,15 @@ void beam_step(const Tensor& logits, const Tensor& beam_rows, const Tensor& sums
                                        "bias_starts", bias_starts);
   p.bias_values = data_with<float>(check, "bias_values", bias_values, {"num_biases"}, DType::f32,
                                    "bias_starts", bias_starts);
+  p.num_allowed = check.size("num_allowed");
+  p.num_terminators = check.size("num_terminators");
+  p.num_biases = check.size("num_biases");
   p.live = check_results(check, "out", out_parents, out_token_ids, out_logprobs, out_sums);
   p.finished = check_results(check, "out_finished", out_finished_parents, out_finished_token_ids,
                              out_finished_logprobs, out_finished_sums);
   p.max_beam = check.size("max_beam");
-  p.logits = static_cast<const float*>(logits.data);
+  p.logits = logits.data;
+  p.dtype = logits.dtype;
   p.beam_rows = static_cast<const std::int32_t*>(beam_rows.data);
   p.sums = static_cast<const double*>(sums.data);
   p.group_starts = static_cast<const std::int32_t*>(group_starts.data);
@@ -100,7 +103,7 @@ void beam_step(const Tensor& logits, const Tensor& beam_rows, const Tensor& sums
   p.beam_sizes = static_cast<const std::int32_t*>(beam_sizes.data);
   p.diversity_strengths = static_cast<const float*>(diversity_strengths.data);
   if (logits.device == Device::cpu && Program::recording() == nullptr) check_data(check, p);
-  FULLBEAM_DISPATCH_CPU(beam_step, logits.device, p);
+  FULLBEAM_DISPATCH(beam_step, logits.device, p);
 }
 
 }  // namespace fullbeam::ops

@@ -22,7 +22,7 @@ struct BeamStepResults {
 // beam_size whose token is no terminator of their beam become live; a terminated one becomes
 // finished if it is among the first beam_size of all.
 struct BeamStepParams {
-  const float* logits;                 // [num_rows, vocab_size]; row stride logits_stride
+  const void* logits;                  // [num_rows, vocab_size], dtype; row stride logits_stride
   const std::int32_t* beam_rows;       // [num_beams], the row of each beam; beams may share one
   const double* sums;                  // [num_beams, 2]: s and l, finite
   const std::int32_t* group_starts;    // [num_groups + 1], ascending from 0 to num_beams
@@ -37,7 +37,9 @@ struct BeamStepParams {
   const std::int32_t* bias_ids;        // [num_biases] below vocab_size
   const float* bias_values;            // [num_biases], added to logits; -infinity bans
   BeamStepResults live, finished;      // out
-  std::int64_t num_beams, num_groups, num_requests, max_beam;
+  DType dtype;                         // of logits: f32; on CUDA also f16 or bf16
+  std::int64_t num_rows, num_beams, num_groups, num_requests, max_beam;
+  std::int64_t num_allowed, num_terminators, num_biases;
   std::int64_t vocab_size, num_words, logits_stride;  // stride in elements
 };
 

@@ -11,7 +11,7 @@ void logprobs(const TensorView& logits, const TensorView& token_ids, const Tenso
               const TensorView& out_ranks, const TensorView& out_top_ids,
               const TensorView& out_top_logprobs) {
   Check check("logprobs");
-  check.tensor("logits", logits, {"num_rows", "vocab_size"}, {DType::f32}, false);
+  check.activation("logits", logits, {"num_rows", "vocab_size"});
   check.tensor("token_ids", token_ids, {"num_rows"}, {DType::i32});
   check.tensor("out_logprobs", out_logprobs, {"num_rows"}, {DType::f32});
   check.tensor("out_ranks", out_ranks, {"num_rows"}, {DType::i32});
@@ -22,7 +22,8 @@ void logprobs(const TensorView& logits, const TensorView& token_ids, const Tenso
   check.writable("out_top_ids", out_top_ids);
   check.writable("out_top_logprobs", out_top_logprobs);
   LogprobsParams p{};
-  p.logits = static_cast<const float*>(logits.data);
+  p.logits = logits.data;
+  p.dtype = logits.dtype;
   p.token_ids = static_cast<const std::int32_t*>(token_ids.data);
   p.logprobs = static_cast<float*>(out_logprobs.data);
   p.ranks = static_cast<std::int32_t*>(out_ranks.data);
@@ -42,7 +43,7 @@ void logprobs(const TensorView& logits, const TensorView& token_ids, const Tenso
                     std::to_string(p.token_ids[row]));
     }
   }
-  FULLBEAM_DISPATCH_CPU(logprobs, logits.device, p);
+  FULLBEAM_DISPATCH(logprobs, logits.device, p);
 }
 
 }  // namespace fullbeam::ops

@@ -72,7 +72,7 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k
             const MaybeTensor& out_top_logprobs, const MaybeTensor& out_log_sums) {
   Check check("sample");
   SampleParams p{};
-  check.tensor("logits", logits, {"num_rows", "vocab_size"}, {DType::f32}, false);
+  check.activation("logits", logits, {"num_rows", "vocab_size"});
   check.tensor("temperature", temperature, {"num_rows"}, {DType::f32});
   check.tensor("top_k", top_k, {"num_rows"}, {DType::i32});
   check.tensor("top_p", top_p, {"num_rows"}, {DType::f32});
@@ -81,7 +81,8 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k
   check.tensor("counters", counters, {"num_rows", 3}, {DType::u32});
   check.tensor("out", out_token_ids, {"num_rows"}, {DType::i32});
   check.writable("out", out_token_ids);
-  p.logits = static_cast<const float*>(logits.data);
+  p.logits = logits.data;
+  p.dtype = logits.dtype;
   p.temperature = static_cast<const float*>(temperature.data);
   p.top_k = static_cast<const std::int32_t*>(top_k.data);
   p.top_p = static_cast<const float*>(top_p.data);
@@ -137,7 +138,7 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k
   check.require(p.max_top <= p.vocab_size, "num_top",
                 "at most vocab_size=" + std::to_string(p.vocab_size), std::to_string(p.max_top));
   if (logits.device == Device::cpu && Program::recording() == nullptr) check_data(check, p);
-  FULLBEAM_DISPATCH_CPU(sample, logits.device, p);
+  FULLBEAM_DISPATCH(sample, logits.device, p);
 }
 
 }  // namespace fullbeam::ops

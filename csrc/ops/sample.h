@@ -22,7 +22,7 @@ namespace fullbeam {
 // With num_top, the log-probabilities that logprobs gives of the drawn token: those of the logits
 // as they are, before the edits.
 struct SampleParams {
-  const float* logits;            // [num_rows, vocab_size]; row stride logits_stride
+  const void* logits;             // [num_rows, vocab_size], dtype; row stride logits_stride
   const float* temperature;       // [num_rows], at least 0
   const std::int32_t* top_k;      // [num_rows]; 0 or less keeps all
   const float* top_p;             // [num_rows] in [0, 1]; 0 keeps the top token, 1 keeps all
@@ -52,6 +52,7 @@ struct SampleParams {
   float* top_logprobs;          // [num_rows, max_top], out
   double* log_sums;  // [num_rows, 2], out: ln(sum(e^x)) of the logits as they are; after the edits
                      // and temperature (0 counts as 1)
+  DType dtype;       // of logits: f32; on CUDA also f16 or bf16
   std::int64_t num_rows, vocab_size, logits_stride;  // stride in elements
   std::int64_t num_masks, num_words, num_biases, num_histories, max_top;
 };

@@ -417,7 +417,7 @@ def logprobs(
 
     Parameters
     ----------
-    logits : float32 [num_rows, vocab_size]
+    logits : float32 [num_rows, vocab_size]; on CUDA also float16 or bfloat16
     token_ids : int32 [num_rows]
         -1 gives NaN and rank 0, as does a row without a distribution (NaN, or all -inf).
     num_top : 0..vocab_size
@@ -483,7 +483,7 @@ def sample(
 
     Parameters
     ----------
-    logits : float32 [num_rows, vocab_size]
+    logits : float32 [num_rows, vocab_size]; on CUDA also float16 or bfloat16
     temperature : float32 [num_rows], at least 0
         0 is the best token, the lowest id among equals.
     top_k : int32 [num_rows]
@@ -517,6 +517,11 @@ def sample(
     Sample
         Token -1 where a row holds NaN or has nothing above -inf once edited; logits of +inf share
         the mass equally. What a row didn't ask for is NaN, rank 0 and id -1.
+
+    Notes
+    -----
+    A row's results are the same bits in any batch. Without ``out``, the largest num_top is read,
+    which on CUDA waits for the device.
     """
     if out is None:
         num_rows = logits.shape[0]
@@ -582,7 +587,7 @@ def beam_step(
 
     Parameters
     ----------
-    logits : float32 [num_rows, vocab_size]
+    logits : float32 [num_rows, vocab_size]; on CUDA also float16 or bfloat16
     beam_rows : int32 [num_beams]
         The row of each beam; several may share one (a search's first step).
     sums : float64 [num_beams, 2]
@@ -614,7 +619,8 @@ def beam_step(
 
     Notes
     -----
-    A request's results are the same bits whatever other requests are in the call.
+    A request's results are the same bits whatever other requests are in the call. The
+    largest of beam_sizes is read, which on CUDA waits for the device.
     """
     shape = (group_starts.shape[0] - 1, max([1, *beam_sizes.tolist()]))
 
