@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fullbeam import _core, ops, reference
-from op_helpers import guarded, num_threads, strided
+from backends import CPU, CUDA_OLD_AND_NEW
+from fullbeam import ops, reference
+from op_helpers import HALF_DTYPES, as_activation, guarded, num_threads, strided, wide
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 NAN, INF = float("nan"), float("inf")
 Step = tuple[int, int, float, float, float]  # parent, token id, log-probability, s, l
@@ -556,7 +557,7 @@ def test_beam_step_writes_inside_its_outputs(rng: Any) -> None:
         guarded((2, 4)) as finished_logprobs,
         guarded((2, 4, 2), "float64") as finished_sums,
     ):
-        _core.beam_step(
+        ops._core.beam_step(
             *inputs, parents, token_ids, logprobs, sums,
             finished_parents, finished_token_ids, finished_logprobs, finished_sums,
         )  # fmt: skip
@@ -567,10 +568,16 @@ def ints(*values: int) -> Any:
     return np.array(values, np.int32)
 
 
+ARGUMENTS = (
+    "logits", "beam_rows", "sums", "group_starts", "request_starts", "beam_sizes",
+    "diversity_strengths", "allowed", "allowed_idx", "terminators", "terminator_idx",
+    "bias_starts", "bias_ids", "bias_values",
+)  # fmt: skip
 BIAS = {"bias_starts": ints(0, 1, 1), "bias_ids": ints(0), "bias_values": np.zeros(1, np.float32)}
 MASKS = {"allowed": np.zeros((2, 2), np.uint32), "allowed_idx": ints(0, -1)}
 
 
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -648,3 +655,70 @@ def test_beam_step_refuses_other_dtypes() -> None:
     arguments = one_request(np.zeros((2, 40)), [2], 1, sums=np.zeros((2, 2), np.float32))
     with pytest.raises(TypeError, match=r"^beam_step: sums must be float64, got float32$"):
         step(arguments)
+
+
+@pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
+@pytest.mark.parametrize("terminator_share", [0.0, 0.5, 0.999])
+def test_beam_step_of_several_parts_of_a_row(terminator_share: float) -> None:
+    for grid in (0.0, 0.25):
+        batch = make_batch(
+            7, vocab_size=16500, num_requests=1, max_groups=2, max_width=3,
+            terminator_share=terminator_share, allowed_share=0.5, grid=grid,
+        )  # fmt: skip
+        first, again = assert_as_reference(batch.arguments), step(batch.arguments)
+        for part, same in zip(first, again, strict=True):
+            np.testing.assert_array_equal(part, same)
+
+
+@pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
+def test_beam_step_sorts_more_candidates_than_it_has_places_for(rng: Any) -> None:
+    logits = np.round(rng.standard_normal((40, 300)) * 2).astype(np.float32)
+    arguments = one_request(logits, [20, 20], 50)
+    arguments["sums"] = np.round(rng.standard_normal((40, 2)))
+    arguments["diversity_strengths"] = np.ones(1, np.float32)
+    arguments["terminators"] = mask_of(range(0, 300, 3), 300)[None]
+    arguments["terminator_idx"] = np.zeros(40, np.int32)
+    assert_as_reference(arguments)
+
+
+@pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_beam_step_of_half_floats_is_that_of_the_same_floats(rng: Any, dtype: str) -> None:
+    logits = as_activation(rng.standard_normal((4, 1503)) * 3, dtype)
+    arguments = one_request(np.zeros((4, 1503)), [2, 2], 3)
+    found = step(arguments | {"logits": logits})
+    same = step(arguments | {"logits": wide(logits).astype(np.float32)})
+    for ours, floats in zip(found, same, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), floats)
+
+
+@pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
+def test_beam_step_on_cuda_is_safe_with_any_data(rng: Any) -> None:
+    arguments = make_batch(
+        3, vocab_size=200, num_requests=3, max_groups=3, max_width=4,
+        terminator_share=0.3, allowed_share=0.5, grid=0.5,
+    ).arguments  # fmt: skip
+    shape = (len(arguments["beam_sizes"]), 4)
+    for _ in range(40):
+        for values in arguments.values():
+            if values is not arguments["logits"]:
+                values.view(np.uint8)[...] = rng.integers(0, 256, values.view(np.uint8).shape)
+                if rng.random() < 0.5:
+                    values[...] = rng.choice(np.array([0, 1, 3], values.dtype), values.shape)
+        with (
+            guarded(shape, "int32") as parents,
+            guarded(shape, "int32") as token_ids,
+            guarded(shape) as logprobs,
+            guarded((*shape, 2), "float64") as sums,
+        ):
+            out = (parents, token_ids, logprobs, sums)
+            inputs = (arguments[name] for name in ARGUMENTS)
+            ops._core.beam_step(*inputs, *out, *(part.copy() for part in out))
+
+
+@pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
+def test_beam_step_on_cuda_says_how_wide_a_group_may_be() -> None:
+    with pytest.raises(
+        NotImplementedError, match=r"^beam_step: beam_sizes must be at most 2048 on CUDA, got 2049$"
+    ):
+        step(one_request(np.zeros((1, 5)), [1], 2049))

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fullbeam import _core, ops, reference
-from op_helpers import assert_accurate, guarded, num_threads, strided
+from backends import CPU, CUDA, CUDA_OLD_AND_NEW
+from fullbeam import ops, reference
+from op_helpers import HALF_DTYPES, as_activation, assert_accurate, guarded, num_threads, strided
+from op_helpers import wide as in_float64
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 NAN, INF = float("nan"), float("inf")
 
@@ -119,7 +121,7 @@ def test_logprobs_write_inside_their_outputs(rng: Any) -> None:
         guarded((3, 130), "int32") as top_ids,
         guarded((3, 130)) as top,
     ):
-        _core.logprobs(logits, ids, chosen, ranks, top_ids, top)
+        ops._core.logprobs(logits, ids, chosen, ranks, top_ids, top)
 
 
 def test_logprobs_refuse_what_does_not_fit() -> None:
@@ -128,10 +130,53 @@ def test_logprobs_refuse_what_does_not_fit() -> None:
         ValueError, match=r"^logprobs: num_top must be at most vocab_size=8, got 9$"
     ):
         ops.logprobs(logits, token_ids, num_top=9)
+    with pytest.raises(ValueError, match=r"^logprobs: token_ids must be \[num_rows=2\], got \[3\]"):
+        ops.logprobs(logits, np.zeros(3, np.int32))
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_logprobs_refuse_what_the_cpu_can_see() -> None:
     for bad in (8, -2):
         with pytest.raises(
             ValueError, match=rf"^logprobs: token_ids must be -1 or below vocab_size=8, got {bad}$"
         ):
-            ops.logprobs(logits, np.array([0, bad], np.int32))
-    with pytest.raises(ValueError, match=r"^logprobs: token_ids must be \[num_rows=2\], got \[3\]"):
-        ops.logprobs(logits, np.zeros(3, np.int32))
+            ops.logprobs(np.zeros((2, 8), np.float32), np.array([0, bad], np.int32))
+    with pytest.raises(TypeError, match=r"^logprobs: logits must be float32, got float16$"):
+        ops.logprobs(np.zeros((2, 8), np.float16), np.zeros(2, np.int32))
+
+
+@pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
+@pytest.mark.parametrize("num_top", [0, 7, 1500])
+def test_logprobs_of_several_parts_of_a_row(rng: Any, num_top: int) -> None:
+    logits = strided((rng.standard_normal((3, 20001)) * 3).astype(np.float32))
+    logits[1] = np.round(logits[1])
+    logits[2, 300:] = -INF
+    token_ids = np.array([20000, 9000, 299], np.int32)
+    found = ops.logprobs(logits, token_ids, num_top=num_top)
+    wanted = reference.logprobs(logits, token_ids, num_top=num_top)
+    for ours, oracle in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, oracle, rtol=1e-6)
+    for part, again in zip(found, ops.logprobs(logits, token_ids, num_top=num_top), strict=True):
+        np.testing.assert_array_equal(part, again)
+
+
+@pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_logprobs_of_half_floats_are_those_of_the_same_floats(rng: Any, dtype: str) -> None:
+    logits = as_activation(rng.standard_normal((4, 2056)) * 4, dtype)
+    token_ids = rng.integers(0, 2056, 4).astype(np.int32)
+    found = ops.logprobs(logits, token_ids, num_top=3)
+    same = ops.logprobs(in_float64(logits).astype(np.float32), token_ids, num_top=3)
+    for ours, floats in zip(found, same, strict=True):
+        np.testing.assert_array_equal(ours, floats)
+
+
+@pytest.mark.parametrize("backend", CUDA, indirect=True)
+def test_logprobs_on_cuda_say_how_large_a_vocabulary_may_be() -> None:
+    logits = np.broadcast_to(np.zeros(1, np.float32), (1, 2**21 + 1))
+    logits = np.lib.stride_tricks.as_strided(logits, logits.shape, (0, 4))  # never read
+    with pytest.raises(
+        NotImplementedError,
+        match=r"^logprobs: vocab_size must be at most 2097152 on CUDA, got 2097153$",
+    ):
+        ops.logprobs(logits, np.zeros(1, np.int32))
