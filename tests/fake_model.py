@@ -107,7 +107,7 @@ class FakeDecoder:
         self.kv = FakeKv(num_pages, page_size)
         return self.kv
 
-    def forward(self, batch: Batch, kv: FakeKv) -> Any:
+    def forward(self, batch: Batch, kv: FakeKv, stop: Any) -> Any:
         self.num_calls += 1
         check_batch(batch, kv.cells.shape)
         self.batches.append((len(batch.token_ids), len(batch.seq_lens), len(batch.logit_rows)))

@@ -34,9 +34,9 @@ class SlowDecoder(fake_model.FakeDecoder):
         super().__init__(context_len)
         self.step_s = step_s
 
-    def forward(self, batch: Any, kv: Any) -> Any:
+    def forward(self, batch: Any, kv: Any, stop: Any) -> Any:
         time.sleep(self.step_s)
-        return super().forward(batch, kv)
+        return super().forward(batch, kv, stop)
 
 
 class AnyText(fake_model.FakeTokenizer):

@@ -20,7 +20,7 @@ class TableDecoder(fake_model.FakeDecoder):
             self.after = np.log(np.array([*after, start]))  # the start token comes last
         self.config = SimpleNamespace(vocab_size=len(after) + 1, context_len=64)
 
-    def forward(self, batch: Any, kv: Any) -> Any:
+    def forward(self, batch: Any, kv: Any, stop: Any) -> Any:
         fake_model.check_batch(batch, kv.cells.shape)
         rows = self.after[batch.token_ids[batch.logit_rows]].astype(np.float32)
         return np.pad(rows, ((0, 0), (0, 1)), constant_values=-np.inf)

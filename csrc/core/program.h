@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <utility>
@@ -9,6 +10,16 @@
 
 namespace fullbeam {
 
+// Asks a program to end early; any thread may.
+class Stop {
+ public:
+  void set() { is_set_.store(true, std::memory_order_relaxed); }
+  bool is_set() const { return is_set_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> is_set_{false};
+};
+
 // A recorded sequence of ops: their checked parameter structs, by value. Running it again costs no
 // Python and no checks; the memory that the structs point to must still be there, and what it holds
 // may have changed in between (lengths, page tables, token ids): a CUDA graph's contract, on the
@@ -16,8 +27,13 @@ namespace fullbeam {
 class Program {
  public:
   void add(std::function<void()> call) { calls_.push_back(std::move(call)); }
-  void run() const {
-    for (const auto& call : calls_) call();
+  // Whether all of it ran: it ends after the op in which it is stopped.
+  bool run(const Stop* stop = nullptr) const {
+    for (const auto& call : calls_) {
+      if (stop != nullptr && stop->is_set()) return false;
+      call();
+    }
+    return true;
   }
   std::size_t size() const { return calls_.size(); }
 

@@ -168,8 +168,9 @@ PYBIND11_MODULE(_core, m) {
 
   // Recording: between start_recording and stop_recording this thread's ops are checked and kept
   // instead of run.
+  py::class_<Stop>(m, "Stop").def(py::init<>()).def("set", &Stop::set);
   py::class_<Program>(m, "Program", py::module_local())
-      .def("run", &Program::run, Release())
+      .def("run", &Program::run, Release(), py::arg("stop").none(true) = nullptr)
       .def("__len__", &Program::size);
   m.def("start_recording", [] {
     if (Program::recording() != nullptr)

@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fake_model
 from engine_harness import Harness, prompt_logprobs
+from fullbeam import _core, ops
 from fullbeam.engine import engine as engine_module
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
+from fullbeam.engine.runner import Interrupted
 from fullbeam.engine.sequence import Finished, RequestCancelled
 from fullbeam.engine.sorted_tokens import SortedTokens
 from fullbeam.engine.text import Piece
@@ -714,3 +718,61 @@ def test_prepare_leaves_nothing_to_build(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_suffix_needs_infill_tokens() -> None:
     with pytest.raises(ValueError, match="suffix must be left out: the model has no infill tokens"):
         Harness().submit("a", suffix="b")
+
+
+class Stopped(fake_model.FakeDecoder):
+    """Computes until it is stopped, once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = threading.Event()
+        self.stops: list[Any] = []
+
+    def forward(self, batch: Any, kv: Any, stop: Any) -> Any:
+        program = recorded_step()
+        self.stops.append(stop)
+        while self.waits.is_set():
+            if not program.run(stop):
+                self.waits.clear()
+                raise Interrupted
+        return super().forward(batch, kv, stop)
+
+
+def recorded_step() -> Any:
+    x = np.ones((1, 32), np.float32)
+    _core.start_recording()
+    ops.rms_norm(x, x[0], out=x)
+    return _core.stop_recording()
+
+
+def test_a_step_ends_early_once_nobody_wants_it() -> None:
+    decoder = Stopped()
+    engine = Engine(decoder, fake_model.FakeTokenizer(), page_size=4)  # type: ignore[arg-type]
+    first: list[Any] = []
+    second: list[Any] = []
+    requests = [
+        engine.submit(
+            "abc", CompletionParams(max_tokens=9, ignore_eos=True), on_event=events.append
+        )
+        for events in (first, second)
+    ]
+    engine.step()
+    decoder.waits.set()
+    thread = threading.Thread(target=engine.step)
+    thread.start()
+    while len(decoder.stops) < 2:
+        time.sleep(0.001)
+    engine.cancel(requests[0])
+    thread.join(0.05)
+    assert thread.is_alive()  # the other one is being computed
+    engine.cancel(requests[1])
+    thread.join(10)
+    assert not thread.is_alive()
+    assert decoder.num_calls == 1
+    while engine.step():
+        pass
+    assert [type(events[-1]) for events in (first, second)] == [RequestCancelled] * 2
+    assert engine.stats().num_used_pages == 0
+    engine.check()
+    again = engine.generate("abc", CompletionParams(max_tokens=3, ignore_eos=True, temperature=0))
+    assert len(again[0].token_ids) == 3

@@ -676,12 +676,12 @@ class Gated(fake_model.FakeDecoder):
         self.hold_at = hold_at
         self.may_go_on = threading.Event()
 
-    def forward(self, batch: Any, kv: Any) -> Any:
+    def forward(self, batch: Any, kv: Any, stop: Any) -> Any:
         if self.num_calls + 1 == self.hold_at:
             self.num_calls += 1
             self.may_go_on.wait(10)
             self.num_calls -= 1
-        return super().forward(batch, kv)
+        return super().forward(batch, kv, stop)
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fullbeam._core import Stop
 from fullbeam.engine.batch import Int32Array
 from fullbeam.engine.decoder import Selector
 from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
 from fullbeam.engine.pages import PagePool
 from fullbeam.engine.prompt import encode_infill, encode_prompt, heal
 from fullbeam.engine.rules import Rules, TokenIndex
-from fullbeam.engine.runner import Decoder, Runner
+from fullbeam.engine.runner import Decoder, Interrupted, Runner
 from fullbeam.engine.scheduler import Scheduler, Work
 from fullbeam.engine.search import Search
 from fullbeam.engine.sequence import (
@@ -116,6 +117,7 @@ class Engine:
         _at_least("num_pages", num_pages, 1)
         self.context = context
         self.max_rows = max_rows
+        self.is_prepared = False  # whether a search has nothing to wait for
         self.wake = threading.Event()  # set when there may be something to do
         self.tokenizer = tokenizer
         self._vocab_size = decoder.config.vocab_size
@@ -143,6 +145,9 @@ class Engine:
         self._selector = Selector()
         self._inbox: deque[tuple[Callable[[Request], None], Request]] = deque()
         self._lock = threading.Lock()  # held while the state below the inbox changes
+        self._computing: set[Request] = set()  # what a step is for, without what was cancelled
+        self._stop = Stop()  # of that step
+        self._computing_lock = threading.Lock()
         self._is_closed = False
         self._num_computed_tokens = 0
         self._num_prompt_tokens = 0
@@ -233,10 +238,19 @@ class Engine:
     def prepare(self) -> None:
         """Build what the first search would have to wait for; any thread may."""
         self._index.build()
+        self.is_prepared = True
 
     def cancel(self, request: Request) -> None:
-        """Stop a request and free its rows and pages, at once or when the step under way ends."""
+        """Stop a request and free its rows and pages, at once or when the step under way ends.
+
+        A step that computes nothing for other requests ends after the op under way.
+        """
         self._post(self._drop, request)
+        with self._computing_lock:
+            if request in self._computing:
+                self._computing.discard(request)
+                if not self._computing:
+                    self._stop.set()
 
     def step(self) -> bool:
         """Compute the next tokens of whatever is running; return whether there was work."""
@@ -463,10 +477,16 @@ class Engine:
             self._fail(sequence.request, _fault("the step failed", cause))
 
     def _run(self, works: list[Work]) -> None:
+        stop = Stop()
+        with self._computing_lock:
+            self._stop = stop
+            self._computing = {work.sequence.request for work in works}
         try:
-            logits = self._runner.forward(works)
+            logits = self._runner.forward(works, stop)
             selection = self._selector.select(works, logits)
             changed, done, failed = self._scheduler.commit(works, selection)
+        except Interrupted:
+            return  # all that was computed is about to be dropped
         except Exception as cause:
             self._fail_all([work.sequence for work in works], cause)
             return

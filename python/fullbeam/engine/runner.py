@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fullbeam._core import Stop
 from fullbeam.engine.batch import Batch, FloatArray
 from fullbeam.engine.scheduler import Work
 
@@ -30,6 +31,10 @@ class KvCache(Protocol):
         """Copy one page to another, in all layers."""
 
 
+class Interrupted(Exception):
+    """A forward pass was stopped."""
+
+
 class Decoder(Protocol):
     """A model: tokens and their places in, logits out.
 
@@ -51,10 +56,10 @@ class Decoder(Protocol):
     def allocate_kv(self, num_pages: int, page_size: int) -> KvCache:
         """Make room for `num_pages` pages of `page_size` tokens."""
 
-    def forward(self, batch: Batch, kv: Any) -> FloatArray:
+    def forward(self, batch: Batch, kv: Any, stop: Stop) -> FloatArray:
         """Return logits [num_logit_rows, vocab_size], valid until the next call.
 
-        `kv` comes from its own allocate_kv.
+        `kv` comes from its own allocate_kv. Raises `Interrupted` once `stop` is set.
         """
 
 
@@ -81,9 +86,9 @@ class Runner:
         self._page_table = np.full((max_seqs, max_pages_per_seq), -1, np.int32)
         self._seq_lens = np.zeros(max_seqs, np.int32)
 
-    def forward(self, works: list[Work]) -> FloatArray:
+    def forward(self, works: list[Work], stop: Stop) -> FloatArray:
         """Return the logits that the work asks for, in its order: scored tokens, then the last."""
-        return self._decoder.forward(self.batch(works), self._kv)
+        return self._decoder.forward(self.batch(works), self._kv, stop)
 
     def batch(self, works: list[Work]) -> Batch:
         """Lay the work out for the model."""

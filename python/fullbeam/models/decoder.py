@@ -11,6 +11,7 @@ import numpy as np
 
 from fullbeam import _core, ops
 from fullbeam.engine.batch import Batch, FloatArray
+from fullbeam.engine.runner import Interrupted
 from fullbeam.models.config import DecoderConfig, LayerWeights, Linear, Norm, Weights
 
 _MAX_PROGRAMS = 64  # recorded steps to keep; one takes some kilobytes
@@ -155,8 +156,11 @@ class Decoder:
         """Make room for ``num_pages`` pages of ``page_size`` tokens."""
         return KvCache(self.config, num_pages, page_size)
 
-    def forward(self, batch: Batch, kv: KvCache) -> FloatArray:
-        """Return logits, float32 [num_logit_rows, vocab_size], valid until the next call."""
+    def forward(self, batch: Batch, kv: KvCache, stop: _core.Stop | None = None) -> FloatArray:
+        """Return logits, float32 [num_logit_rows, vocab_size], valid until the next call.
+
+        Raises `Interrupted` after the op in which `stop` is set.
+        """
         _core.set_num_threads(self.threads)
         shape = _Shape(
             num_tokens=len(batch.token_ids),
@@ -167,16 +171,18 @@ class Decoder:
         )
         b = self._fit_buffers(batch, kv)
         b.fill(batch)
-        self._run(shape, lambda: self._layers(b, kv, shape))
+        self._run(shape, lambda: self._layers(b, kv, shape), stop)
         num_rows = len(batch.logit_rows)
         rows = self._fit_rows(num_rows)
         if num_rows:
             np.take(b.hidden, batch.logit_rows, axis=0, out=rows.hidden[:num_rows])
             np.take(b.attended, batch.logit_rows, axis=0, out=rows.attended[:num_rows])
-            self._run(num_rows, lambda: self._head(b, rows, num_rows))
+            self._run(num_rows, lambda: self._head(b, rows, num_rows), stop)
         return rows.logits[:num_rows]
 
-    def _run(self, shape: _Shape | int, record: Callable[[], None]) -> None:
+    def _run(
+        self, shape: _Shape | int, record: Callable[[], None], stop: _core.Stop | None
+    ) -> None:
         program = self._programs.get(shape)
         if program is None:
             _core.start_recording()
@@ -189,7 +195,8 @@ class Decoder:
                 self._programs.popitem(last=False)
         else:
             self._programs.move_to_end(shape)
-        program.run()
+        if not program.run(stop):
+            raise Interrupted
 
     def _layers(self, b: _Buffers, kv: KvCache, shape: _Shape) -> None:
         """The forward pass up to the last layer's attention: what its keys and values serve."""
