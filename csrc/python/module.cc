@@ -170,7 +170,12 @@ PYBIND11_MODULE(_core, m) {
   // instead of run.
   py::class_<Stop>(m, "Stop").def(py::init<>()).def("set", &Stop::set);
   py::class_<Program>(m, "Program", py::module_local())
-      .def("run", &Program::run, Release(), py::arg("stop").none(true) = nullptr)
+      .def(
+          "run",
+          [](const Program& program, std::optional<const Stop*> stop) {
+            return program.run(stop.value_or(nullptr));
+          },
+          Release(), py::arg("stop") = std::nullopt)
       .def("__len__", &Program::size);
   m.def("start_recording", [] {
     if (Program::recording() != nullptr)

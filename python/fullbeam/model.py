@@ -22,6 +22,8 @@ from fullbeam.engine.text import Piece, Tokenizer
 from fullbeam.params import CompletionParams
 from fullbeam.results import Completion, Score, Tally, Usage, as_choice
 
+_SHORT = 8192  # characters that are cut into tokens within a millisecond or two
+
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | None
 
 
@@ -237,19 +239,14 @@ class _Call:
 
     requests: Sequence[Request] = ()
 
-    def __init__(
-        self,
-        model: Model,
-        prompt: Prompt,
-        params: CompletionParams,
-        *,
-        stream: bool,
-        on_event: Callable[[Event], None],
-    ) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model  # keeps the engine's thread alive
-        self.requests = model.submit(prompt, params, stream=stream, on_event=on_event)
-        num_prompt_tokens = sum(request.num_prompt_tokens for request in self.requests)
-        self._tally = Tally(num_prompt_tokens, len(self.requests))
+        self._tally = Tally(0, 0)
+
+    def _begin(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        num_prompt_tokens = sum(request.num_prompt_tokens for request in requests)
+        self._tally = Tally(num_prompt_tokens, len(requests))
 
     @property
     def usage(self) -> Usage:
@@ -286,8 +283,9 @@ class CompletionStream(_Call, Iterator[Piece]):
     def __init__(
         self, model: Model, prompt: Prompt, params: CompletionParams, *, stream: bool
     ) -> None:
+        super().__init__(model)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        super().__init__(model, prompt, params, stream=stream, on_event=self._events.put)
+        self._begin(model.submit(prompt, params, stream=stream, on_event=self._events.put))
 
     def __next__(self) -> Piece:
         """Wait for the next piece."""
@@ -317,11 +315,16 @@ class CompletionStream(_Call, Iterator[Piece]):
 
 
 class AsyncCompletionStream(_Call, AsyncIterator[Piece]):
-    """Pieces of a call as they come, for asyncio; cancelling the reader stops the work."""
+    """Pieces of a call as they come, for asyncio; cancelling the reader stops the work.
+
+    A call that takes long to queue is queued by a thread once the first piece is awaited, so that
+    the event loop goes on.
+    """
 
     def __init__(
         self, model: Model, prompt: Prompt, params: CompletionParams, *, stream: bool
     ) -> None:
+        super().__init__(model)
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         put = self._events.put_nowait
@@ -329,10 +332,32 @@ class AsyncCompletionStream(_Call, AsyncIterator[Piece]):
         def on_event(event: Event) -> None:
             loop.call_soon_threadsafe(put, event)
 
-        super().__init__(model, prompt, params, stream=stream, on_event=on_event)
+        def submit() -> list[Request]:
+            return model.submit(prompt, params, stream=stream, on_event=on_event)
+
+        self._submit: Callable[[], list[Request]] | None = submit
+        if not _is_slow(model.engine, prompt, params):
+            self._submit = None
+            self._begin(submit())
+
+    async def _submit_in_thread(self, submit: Callable[[], list[Request]]) -> None:
+        def drop(task: asyncio.Task[list[Request]]) -> None:
+            if not task.cancelled() and task.exception() is None:
+                for request in task.result():
+                    self._model.engine.cancel(request)
+
+        task = asyncio.ensure_future(asyncio.to_thread(submit))
+        try:
+            self._begin(await asyncio.shield(task))
+        except asyncio.CancelledError:
+            task.add_done_callback(drop)
+            raise
 
     async def __anext__(self) -> Piece:
         """Wait for the next piece."""
+        if self._submit is not None:
+            submit, self._submit = self._submit, None
+            await self._submit_in_thread(submit)
         while self._tally.num_open > 0:
             try:
                 event = await self._events.get()
@@ -343,6 +368,11 @@ class AsyncCompletionStream(_Call, AsyncIterator[Piece]):
             if piece is not None:
                 return piece
         raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Stop the work that is not done yet, or not queued yet."""
+        self._submit = None
+        super().close()
 
     async def aclose(self) -> None:
         """Stop what is not done."""
@@ -360,6 +390,15 @@ class AsyncCompletionStream(_Call, AsyncIterator[Piece]):
     ) -> None:
         """Stop what is not done."""
         self.close()
+
+
+def _is_slow(engine: Engine, prompt: Prompt, params: CompletionParams) -> bool:
+    """Whether queueing a call takes milliseconds."""
+    if not engine.is_prepared and (params.is_search or params.token_healing):
+        return True
+    items = prompt if isinstance(prompt, list) else []
+    parts = [prompt, params.suffix, *items]
+    return sum(len(part) for part in parts if isinstance(part, (str, list))) > _SHORT
 
 
 def split_prompt(prompt: Prompt) -> list[str | list[int]]:

@@ -556,3 +556,33 @@ def test_stopped_server_lets_answers_end(client: Client, grace_s: int, num_token
         assert events[-1]["error"]["message"] == "the server stops"
         assert (lines[-1]["status"], lines[-1]["ended"]) == (200, "cancelled")
     assert "Traceback" not in errors
+
+
+LOADING = """
+import threading
+from fullbeam.server.serve import serve
+from fullbeam.server.settings import Settings
+
+serve(lambda: threading.Event().wait(), Settings(name="x"), host="127.0.0.1", port=0,
+      on_listen=lambda url: print(url, flush=True))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_server_ends_while_it_loads(number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+    begin = time.monotonic()
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert time.monotonic() - begin < 5
+    assert process.returncode == -number

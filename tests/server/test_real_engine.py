@@ -17,6 +17,7 @@ from fullbeam.engine.engine import Engine
 from fullbeam.model import Model
 from fullbeam.server.app import create_app
 from fullbeam.server.settings import Settings
+from server_harness import SlowDecoder, wait_until
 
 BODY: dict[str, Any] = {"max_tokens": 12, "seed": 5, "ignore_eos": True}
 
@@ -104,8 +105,12 @@ def test_errors_of_the_engine(
     wait_idle(model)
 
 
+GATEWAY = "/api/v1/compatibility/openai/v1/completions"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", GATEWAY])
 @pytest.mark.parametrize("stream", [False, True])
-def test_disconnect_frees_rows_and_pages(model: Model, stream: bool) -> None:
+def test_disconnect_frees_rows_and_pages(model: Model, stream: bool, path: str) -> None:
     may_go_on = threading.Event()
     decoder: Any = model.engine._runner._decoder
     forward = decoder.forward
@@ -122,7 +127,8 @@ def test_disconnect_frees_rows_and_pages(model: Model, stream: bool) -> None:
         async with app.router.lifespan_context(app):
             while not app.state.service.is_ready:
                 await asyncio.sleep(0.001)
-            body = httpx.Request("POST", "http://x", json=BODY | {"n": 3, "stream": stream}).content
+            fields = BODY | {"model": "fake", "prompt": "a", "n": 3, "stream": stream}
+            body = httpx.Request("POST", "http://x", json=fields).content
             sent: list[Any] = [{"type": "http.request", "body": body}]
 
             async def receive() -> Any:
@@ -135,7 +141,7 @@ def test_disconnect_frees_rows_and_pages(model: Model, stream: bool) -> None:
             async def send(message: Any) -> None:
                 pass
 
-            scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/completions"}
+            scope: dict[str, Any] = {"type": "http", "method": "POST", "path": path}
             scope |= {"headers": [], "query_string": b"", "asgi": {"spec_version": "2.3"}}
             await app(scope, receive, send)
             may_go_on.set()
@@ -143,3 +149,64 @@ def test_disconnect_frees_rows_and_pages(model: Model, stream: bool) -> None:
 
     asyncio.run(run())
     assert decoder.num_calls <= 5
+
+
+class SlowTokenizer(fake_model.FakeTokenizer):
+    """Waits while it encodes a long text."""
+
+    def __init__(self) -> None:
+        self.is_encoding = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        if len(text) > 1000:
+            self.is_encoding.set()
+            assert self.may_go_on.wait(20)
+            text = "abc"
+        return super().encode(text, **options)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("is_left", [False, True])
+def test_others_are_answered_while_a_long_prompt_is_encoded(stream: bool, is_left: bool) -> None:
+    tokenizer = SlowTokenizer()
+    engine = Engine(SlowDecoder(step_s=0.02), tokenizer, page_size=4)  # type: ignore[arg-type]
+    slow = Model(engine, name="fake")
+
+    async def run() -> None:
+        app = create_app(lambda: slow, Settings(name="fake"))
+        async with app.router.lifespan_context(app):
+            while not app.state.service.is_ready:
+                await asyncio.sleep(0.001)
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as web:
+                body = BODY | {"prompt": "a" * 20_000, "stream": stream}
+                long = asyncio.create_task(web.post("/v1/completions", json=body))
+                await asyncio.to_thread(tokenizer.is_encoding.wait, 10)
+                assert (await web.get("/health")).status_code == 200
+                short = await web.post("/v1/completions", json=BODY | {"prompt": "abc"})
+                assert short.status_code == 200
+                assert not long.done()
+                if is_left:
+                    long.cancel()
+                    await asyncio.gather(long, return_exceptions=True)
+                tokenizer.may_go_on.set()
+                if is_left:
+                    await asyncio.to_thread(wait_until, lambda: engine.stats().num_cancelled == 1)
+                else:
+                    answer = await long
+                    assert answer.status_code == 200
+                    assert ("[DONE]" in answer.text) == stream
+            await asyncio.to_thread(wait_idle, slow)
+            assert app.state.service.num_requests == 0
+
+    asyncio.run(run())
+
+
+def test_errors_of_long_prompts_are_told(make_client: Any, model: Model) -> None:
+    client = make_client()
+    client.model = model
+    for stream in (False, True):
+        body = {"prompt": "ab" * 5000, "stream": stream}
+        assert client.error_of(400, **body)["code"] == "context_length_exceeded"
+    wait_idle(model)

@@ -137,7 +137,9 @@ class Tokenizer:
             raise TypeError(f"encode: text must be str, got {type(text).__name__}")
         backend = self.backend if parse_special else self._literal_backend()
         try:
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            # Unlike `encode`, it lets other threads run, and does not note where tokens lie.
+            found = backend.encode_batch_fast([text], add_special_tokens=False)
+            ids: list[int] = found[0].ids
         except (UnicodeError, TypeError) as error:
             start = _first_surrogate(text)
             if start is None:
@@ -334,9 +336,13 @@ def _sentencepiece_backend(file: GgufFile, vocabulary: Vocabulary) -> tokenizers
     merges = cached_merges(cache_folder() / "tokenizers", texts, vocabulary.scores, mergeable)
 
     def pairs() -> Iterator[tuple[str, str]]:
-        for start in range(0, len(merges), 4096):
-            for left, right in merges[start : start + 4096].tolist():
-                yield texts[left], texts[right]
+        stretches = (
+            merges[start : start + 4096].T.tolist() for start in range(0, len(merges), 4096)
+        )
+        find = texts.__getitem__
+        return chain.from_iterable(
+            zip(map(find, left), map(find, right), strict=True) for left, right in stretches
+        )
 
     unknown = file.get("tokenizer.ggml.unknown_token_id", int, 0)
     unknown_text = texts[unknown] if 0 <= unknown < len(texts) else None

@@ -29,7 +29,7 @@ class Settings:
     max_requests: int = 256
     """Requests at once, waiting ones included; more are answered 429."""
     max_body_bytes: int = 4 << 20
-    """Text is cut into tokens at some 2 MB/s, while nobody else is answered."""
+    """Text is cut into tokens at some 2 MB/s, by a thread where it is long."""
     max_choices: int = 2048
     """Prompts of one request times `n`; the same for all requests at once."""
     max_logprobs: int = 5
