@@ -1,7 +1,7 @@
 # What people and CI call. `make build test` in a virtual environment is the whole workflow.
 .PHONY: build test test-asan test-avx512 bench format check stubs clean
 PYTHON ?= python
-SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh tests/emulate/*.h tests/emulate/*.cc tests/emulate/*/*.cuh)
 
 build:  ## install the package with everything that tests and checks need
 	$(PYTHON) -m pip install ".[gemma,test,dev]"
@@ -10,11 +10,11 @@ test:
 	$(PYTHON) -m pytest
 
 # A build folder of its own: CMake remembers its options, and the next plain install must not inherit them.
-test-asan:  ## the op tests against a build with address and undefined-behaviour sanitizers
+test-asan:  ## the op tests, emulated CUDA too, with address and undefined-behaviour sanitizers
 	CMAKE_ARGS="-DFULLBEAM_SANITIZE=ON" $(PYTHON) -m pip install --target build/asan --no-deps --upgrade \
 	  -C build-dir=build/asan-tree .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/asan $(PYTHON) -m pytest tests/ops
+	  PYTHONPATH=build/asan $(PYTHON) -m pytest tests/ops tests/test_emulate.py
 
 test-avx512:  ## the op tests with the AVX-512 kernels simulated on AVX2, see tests/simulate/immintrin.h
 	CMAKE_ARGS="-DFULLBEAM_SIMULATE_AVX512=ON -DFULLBEAM_CUDA=OFF" $(PYTHON) -m pip install --target build/simulate \

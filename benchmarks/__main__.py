@@ -49,7 +49,24 @@ def ops_rows(pytest_json: dict[str, Any], ceilings: Ceilings) -> list[dict[str, 
     return rows
 
 
+def run_ops_on_cuda(args: argparse.Namespace) -> int:
+    if not _core.num_cuda_devices():
+        sys.stderr.write(f"benchmarks: no CUDA device: {_core.why_no_cuda_device()}\n")
+        return 2
+    from benchmarks import ops_cuda
+
+    peak = ops_cuda.copy_bytes_per_second()
+    head = harness.environment(args.threads) | ops_cuda.environment() | {"copy_GB/s": peak / 1e9}
+    rows = list(ops_cuda.rows(args.op, peak))
+    sys.stdout.write(json.dumps(head) + "\n" + harness.table(rows, ops_cuda.COLUMNS) + "\n")
+    if args.out:
+        harness.write(args.out, head, rows)
+    return 0
+
+
 def run_ops(args: argparse.Namespace) -> int:
+    if args.device == "cuda":
+        return run_ops_on_cuda(args)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         options = ["--benchmark-only", f"--benchmark-json={report}", "-q", "-o", "filterwarnings="]
@@ -77,7 +94,7 @@ def main() -> int:
     suites = parser.add_subparsers(dest="suite", required=True)
     suite = suites.add_parser("ops", help="every op against NumPy or torch")
     suite.add_argument("--op", help="only this op")
-    suite.add_argument("--device", choices=["cpu"], default="cpu")
+    suite.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     suite.add_argument("--threads", type=int, default=_core.num_physical_cores())
     suite.add_argument("--out", type=Path, help="write the rows as JSON lines")
     suite.set_defaults(run=run_ops)

@@ -42,6 +42,18 @@ def tensor(array: Any) -> Any:
     return torch.from_numpy(array) if torch else array
 
 
+def dequantise(rows: int, kind: str) -> Case:
+    data = reference.quantize(normal(rows, 1024), kind)
+    out = np.empty((rows, 1024), np.float32)
+    return Case(
+        lambda: ops.dequantise(data, kind, (rows, 1024), out=out),
+        lambda: reference.dequantize(data, kind, (rows, 1024)),
+        data.nbytes + out.nbytes,
+        dtype=kind,
+        baseline_name="numpy",
+    )
+
+
 def embedding(num_tokens: int) -> Case:
     data = reference.quantize(normal(4096, HIDDEN), "Q8_0")
     table = ops.pack_weight([(data, "Q8_0", (4096, HIDDEN))])
@@ -395,6 +407,7 @@ def beam_step(vocab_size: int, num_groups: int, beam_size: int) -> Case:
 
 
 CASES: dict[Callable[..., Case], list[dict[str, Any]]] = {
+    dequantise: [{"rows": 4096, "kind": kind} for kind in ("Q8_0", "Q4_K", "Q6_K")],
     embedding: [{"num_tokens": 1}, {"num_tokens": 512}],
     rms_norm: [{"num_tokens": 1}, {"num_tokens": 512}],
     layer_norm: [{"num_tokens": 1}, {"num_tokens": 512}],

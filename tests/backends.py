@@ -78,6 +78,7 @@ def emulated_core() -> Any:
         ctypes.c_uint64(seed), ctypes.c_uint64(test)
     )
     module.emulate_set_device = handle.emulate_set_device
+    module.library = handle
     return module
 
 

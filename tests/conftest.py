@@ -22,6 +22,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="order in which emulated CUDA threads run; random unless given",
     )
 
+    parser.addoption("--backend", help="run only the tests of this backend")
+    parser.addoption("--sample", type=int, help="run only this many tests, evenly spread")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = items
+    if backend := config.getoption("--backend"):
+        kept = [
+            i
+            for i in kept
+            if hasattr(i, "callspec") and i.callspec.params.get("backend") == backend
+        ]
+    if (sample := config.getoption("--sample")) and len(kept) > sample:
+        kept = [kept[idx * len(kept) // sample] for idx in range(sample)]
+    if kept is not items:
+        config.hook.pytest_deselected(items=[*{*items} - {*kept}])
+        items[:] = kept
+
 
 def pytest_report_header(config: pytest.Config) -> str:
     present = _core.available_isas()

@@ -309,11 +309,13 @@ def test_info(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     core.build_info = lambda: {"compiler": "cc 1.0", "cuda": False}  # type: ignore[attr-defined]
     core.cpu_isa = lambda: "best"  # type: ignore[attr-defined]
     core.num_physical_cores = lambda: 77  # type: ignore[attr-defined]
+    core.num_cuda_devices = lambda: 0  # type: ignore[attr-defined]
+    core.why_no_cuda_device = lambda: "no driver"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fullbeam._core", core)
     monkeypatch.setattr(fullbeam, "_core", core, raising=False)
     result = run("info", env={"FULLBEAM_CACHE": "somewhere"})
     assert result.exit_code == 0
-    for text in ("fullbeam", "numpy", "somewhere", "cc 1.0", "best", "77"):
+    for text in ("fullbeam", "numpy", "somewhere", "cc 1.0", "best", "77", "no driver"):
         assert text in result.stdout
 
 

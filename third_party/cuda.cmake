@@ -14,6 +14,7 @@ if(CMAKE_CUDA_COMPILER)
   target_include_directories(cuda_kernels PRIVATE csrc)
   target_compile_features(cuda_kernels PRIVATE cuda_std_20)
   # -fmad=false: products and sums are contracted only where the source says fma, as on the CPU.
+  # Constexpr functions of csrc/core serve host and device.
   target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr
     -Xcompiler=-fvisibility=hidden,-Wall)
   set_target_properties(cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)

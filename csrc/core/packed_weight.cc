@@ -303,13 +303,13 @@ const char* name_of(WeightType type) {
   return kNames[static_cast<int>(type)];
 }
 
-WeightType parse_weight_type(const std::string& name) {
+WeightType parse_weight_type(const char* op, const std::string& name) {
   std::string known;
   for (WeightType type : kTypes) {
     if (name == name_of(type)) return type;
     known += (known.empty() ? "" : ", ") + std::string(name_of(type));
   }
-  throw std::invalid_argument("pack_weight: type must be one of " + known + ", got " + name);
+  throw std::invalid_argument(std::string(op) + ": type must be one of " + known + ", got " + name);
 }
 
 std::int64_t row_bytes(WeightType type, std::int64_t cols) {
@@ -332,7 +332,7 @@ void PackedWeight::lay_out(const std::vector<WeightPart>& parts) {
   cols_ = parts.front().cols;
   std::vector<std::int64_t> offsets;
   for (const WeightPart& part : parts) {
-    const WeightType type = parse_weight_type(part.type);
+    const WeightType type = parse_weight_type("pack_weight", part.type);
     const std::string what = std::string("pack_weight: a part [") + std::to_string(part.rows) +
                              ", " + std::to_string(part.cols) + "] of " + part.type;
     if (part.rows < 1 || part.cols < 1)

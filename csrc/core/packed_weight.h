@@ -82,7 +82,7 @@ class Packing {
   std::vector<std::thread> threads_;
 };
 
-WeightType parse_weight_type(const std::string& name);
+WeightType parse_weight_type(const char* op, const std::string& name);
 const char* name_of(WeightType type);
 // Bytes of one row of `cols` columns in a GGUF file; -1 where cols is no multiple of the type's
 // block.

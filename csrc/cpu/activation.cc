@@ -28,9 +28,11 @@ void activation(const ActivationParams& p) {
   const auto run = p.activation == Activation::silu   ? &row<silu>
                    : p.activation == Activation::gelu ? &row<gelu>
                                                       : &row<gelu_tanh>;
+  const auto* x = static_cast<const float*>(p.x);
+  auto* out = static_cast<float*>(p.out);
   parallel_for(p.num_tokens, 1 + 8192 / (p.size + 1), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token)
-      run(p.x + token * p.x_stride, p.out + token * p.out_stride, p.size);
+      run(x + token * p.x_stride, out + token * p.out_stride, p.size);
   });
 }
 

@@ -70,7 +70,23 @@ void float_row(const WeightSegment& segment, std::int64_t row, std::int64_t cols
     out[i] = to_float(panel[i * kPanelRows + row % kPanelRows]) * scale;
 }
 
+template <class T>
+void dense_row(const EmbeddingParams& p, std::int64_t row, float* out) {
+  const T* from = static_cast<const T*>(p.table) + row * p.table_stride;
+  for (std::int64_t i = 0; i < p.cols; ++i) out[i] = to_float(from[i]) * p.scale;
+}
+
 void look_up(const EmbeddingParams& p, std::int64_t token_id, float* out) {
+  if (token_id >= 0 && token_id < p.table_rows) {
+    switch (p.table_dtype) {
+      case DType::f16:
+        return dense_row<Half>(p, token_id, out);
+      case DType::bf16:
+        return dense_row<BFloat>(p, token_id, out);
+      default:
+        return dense_row<float>(p, token_id, out);
+    }
+  }
   for (std::int64_t s = 0; s < p.num_segments; ++s) {
     const WeightSegment& segment = p.segments[s];
     const std::int64_t row = token_id - segment.row_begin;
@@ -97,12 +113,12 @@ void embedding(const EmbeddingParams& p) {
                        ? nullptr
                        : static_cast<float*>(scratch(p.cols * std::int64_t{sizeof(float)}));
     for (std::int64_t token = begin; token < end; ++token) {
-      float* out = p.out + token * p.out_stride;
+      float* out = static_cast<float*>(p.out) + token * p.out_stride;
       if (p.residual == nullptr) {
         look_up(p, p.token_ids[token], out);
         continue;
       }
-      const float* residual = p.residual + token * p.residual_stride;
+      const float* residual = static_cast<const float*>(p.residual) + token * p.residual_stride;
       look_up(p, p.token_ids[token], spare);
       for (std::int64_t i = 0; i < p.cols; ++i) out[i] = spare[i] + residual[i];
     }

@@ -31,8 +31,8 @@ void gated_activation(const GatedActivationParams& p) {
                                                       : &row<gelu_tanh>;
   parallel_for(p.num_tokens, 1 + 8192 / (p.size + 1), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token) {
-      const float* x = p.x + token * p.x_stride;
-      run(x, x + p.size, p.out + token * p.out_stride, p.size);
+      const float* x = static_cast<const float*>(p.x) + token * p.x_stride;
+      run(x, x + p.size, static_cast<float*>(p.out) + token * p.out_stride, p.size);
     }
   });
 }

@@ -44,9 +44,9 @@ void write(const KvWriteParams& p) {
       const std::int64_t page = slot / p.page_size, offset = slot % p.page_size;
       for (std::int64_t head = 0; head < p.num_kv_heads; ++head) {
         const std::int64_t in_page = (head * p.page_size + offset) * p.head_dim;
-        convert(p.k + token * p.k_token_stride + head * p.k_head_stride,
+        convert(static_cast<const float*>(p.k) + token * p.k_token_stride + head * p.k_head_stride,
                 static_cast<T*>(p.k_pages) + page * p.k_page_stride + in_page, p.head_dim);
-        convert(p.v + token * p.v_token_stride + head * p.v_head_stride,
+        convert(static_cast<const float*>(p.v) + token * p.v_token_stride + head * p.v_head_stride,
                 static_cast<T*>(p.v_pages) + page * p.v_page_stride + in_page, p.head_dim);
       }
     }

@@ -45,9 +45,11 @@ void norm_row(const LayerNormParams& p, const float* x, float* out) {
 }  // namespace
 
 void layer_norm(const LayerNormParams& p) {
+  const auto* x = static_cast<const float*>(p.x);
+  auto* out = static_cast<float*>(p.out);
   parallel_for(p.num_tokens, 1 + 16384 / (p.size + 1), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token)
-      norm_row(p, p.x + token * p.x_stride, p.out + token * p.out_stride);
+      norm_row(p, x + token * p.x_stride, out + token * p.out_stride);
   });
 }
 

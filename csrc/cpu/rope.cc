@@ -73,7 +73,7 @@ void rope(const RopeParams& p) {
     for (std::int64_t token = begin; token < end; ++token) {
       rotation(p.inv_freq, n, p.positions[token], p.scale, cosines, sines);
       for (std::int64_t head = 0; head < p.num_heads; ++head) {
-        float* x = p.x + token * p.token_stride + head * p.head_stride;
+        float* x = static_cast<float*>(p.x) + token * p.token_stride + head * p.head_stride;
         if (p.is_interleaved) {
           rotate_interleaved(x, n, cosines, sines);
         } else {

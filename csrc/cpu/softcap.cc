@@ -33,12 +33,14 @@ void cap_stretch(const SoftcapParams& p, const float* x, float* out, std::int64_
 }  // namespace
 
 void softcap(const SoftcapParams& p) {
+  const auto* x = static_cast<const float*>(p.x);
+  auto* out = static_cast<float*>(p.out);
   const std::int64_t stretches = (p.size + kStretch - 1) / kStretch;
   parallel_for(p.num_rows * stretches, 2, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t row = i / stretches, first = i % stretches * kStretch;
       const std::int64_t size = p.size - first < kStretch ? p.size - first : kStretch;
-      cap_stretch(p, p.x + row * p.x_stride + first, p.out + row * p.out_stride + first, size);
+      cap_stretch(p, x + row * p.x_stride + first, out + row * p.out_stride + first, size);
     }
   });
 }

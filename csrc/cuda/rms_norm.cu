@@ -8,27 +8,17 @@
 // Gemma's.
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/rows.cuh"
 #include "cuda/vec.cuh"
 #include "ops/rms_norm.h"
 
 namespace fullbeam::cuda {
 namespace {
 
-struct RmsNormTuning {
-  int threads_per_row, rows_per_block;
-};
-
-// Not measured yet: 32 threads keep up to 4 runs of 8 elements each in flight.
-constexpr RmsNormTuning choose(std::int64_t size) {
-  return size <= 1024   ? RmsNormTuning{32, 4}
-         : size <= 4096 ? RmsNormTuning{256, 1}
-                        : RmsNormTuning{1024, 1};
-}
-
 template <class T, int kItems>
 __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ RmsNormParams p) {
   auto* shared = reinterpret_cast<float*>(dynamic_shared());
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const std::int64_t row = row_of_threads();
   if (row >= p.num_tokens * p.num_heads) return;  // rows of warps only: no barrier follows
   const std::int64_t token = row / p.num_heads, head = row % p.num_heads;
   const T* x = static_cast<const T*>(p.x) + token * p.x_stride + head * p.x_head_stride;
@@ -69,12 +59,7 @@ __global__ void __launch_bounds__(1024) norm_rows(const __grid_constant__ RmsNor
 void rms_norm(const RmsNormParams& p) {
   const std::int64_t num_rows = p.num_tokens * p.num_heads;
   if (num_rows == 0 || p.size == 0) return;
-  const RmsNormTuning tuning = choose(p.size);
-  const Shape shape{
-      .grid = static_cast<unsigned>((num_rows + tuning.rows_per_block - 1) / tuning.rows_per_block),
-      .block = dim3(static_cast<unsigned>(tuning.threads_per_row),
-                    static_cast<unsigned>(tuning.rows_per_block)),
-      .shared_bytes = 32 * sizeof(float)};
+  const Shape shape = shape_by_rows(num_rows, p.size);
   dispatch_float(p.dtype, [&]<class T>() {
     const std::int64_t bytes = sizeof(T);
     const bool is_aligned = is_aligned16(

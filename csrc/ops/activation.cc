@@ -10,18 +10,19 @@ namespace fullbeam::ops {
 
 void activation(const Tensor& x, const Tensor& out, const std::string& activation) {
   Check check("activation");
-  check.tensor("x", x, {"num_tokens", "size"}, {DType::f32}, false);
-  check.tensor("out", out, {"num_tokens", "size"}, {DType::f32}, false);
+  check.activation("x", x, {"num_tokens", "size"});
+  check.activation("out", out, {"num_tokens", "size"});
   check.writable("out", out);
   ActivationParams p{};
   p.activation = activation_of(check, activation);
-  p.x = static_cast<const float*>(x.data);
-  p.out = static_cast<float*>(out.data);
+  p.x = x.data;
+  p.dtype = x.dtype;
+  p.out = out.data;
   p.num_tokens = check.size("num_tokens");
   p.size = check.size("size");
   p.x_stride = x.strides[0];
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH_CPU(activation, x.device, p);
+  FULLBEAM_DISPATCH(activation, x.device, p);
 }
 
 }  // namespace fullbeam::ops

@@ -7,8 +7,9 @@ namespace fullbeam {
 
 // out = activation(x). `out` may be `x`.
 struct ActivationParams {
-  const float* x;  // [num_tokens, size]
-  float* out;      // [num_tokens, size]
+  const void* x;  // [num_tokens, size], dtype
+  void* out;      // [num_tokens, size], dtype
+  DType dtype;    // f32; on CUDA also f16 or bf16
   Activation activation;
   std::int64_t num_tokens, size;
   std::int64_t x_stride, out_stride;  // per token, in elements

@@ -7,27 +7,42 @@
 
 namespace fullbeam::ops {
 
-void embedding(const Tensor& token_ids, const PackedWeight& table, const MaybeTensor& residual,
+void embedding(const Tensor& token_ids, const Table& table, const MaybeTensor& residual,
                const Tensor& out, float scale) {
   Check check("embedding");
   check.tensor("token_ids", token_ids, {"num_tokens"}, {DType::i32});
-  check.tensor("out", out, {"num_tokens", table.cols()}, {DType::f32}, false);
-  check.writable("out", out);
   EmbeddingParams p{};
+  if (const auto* dense = std::get_if<Tensor>(&table)) {
+    check.tensor("table", *dense, {"vocab_size", "cols"}, {DType::f32, DType::f16, DType::bf16},
+                 false);
+    p.table = dense->data;
+    p.table_dtype = dense->dtype;
+    p.table_rows = dense->shape[0];
+    p.table_stride = dense->strides[0];
+    p.cols = dense->shape[1];
+  } else {
+    const PackedWeight* packed = std::get<const PackedWeight*>(table);
+    check.require(packed != nullptr, "table", "a PackedWeight or an array", "None");
+    check.require(token_ids.device == Device::cpu, "table", "an array on the device of token_ids",
+                  "a PackedWeight, which is in the host's memory");
+    p.segments = packed->segments().data();
+    p.num_segments = static_cast<std::int64_t>(packed->segments().size());
+    p.cols = packed->cols();
+  }
+  check.activation("out", out, {"num_tokens", p.cols});
+  check.writable("out", out);
   if (residual) {
-    check.tensor("residual", *residual, {"num_tokens", table.cols()}, {DType::f32}, false);
-    p.residual = static_cast<const float*>(residual->data);
+    check.activation("residual", *residual, {"num_tokens", p.cols});
+    p.residual = residual->data;
     p.residual_stride = residual->strides[0];
   }
   p.token_ids = static_cast<const std::int32_t*>(token_ids.data);
-  p.segments = table.segments().data();
-  p.out = static_cast<float*>(out.data);
+  p.out = out.data;
+  p.dtype = out.dtype;
   p.scale = scale;
   p.num_tokens = check.size("num_tokens");
-  p.cols = table.cols();
-  p.num_segments = static_cast<std::int64_t>(table.segments().size());
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH_CPU(embedding, token_ids.device, p);
+  FULLBEAM_DISPATCH(embedding, token_ids.device, p);
 }
 
 }  // namespace fullbeam::ops

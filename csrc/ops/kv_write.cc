@@ -10,21 +10,22 @@ namespace fullbeam::ops {
 void kv_write(const TensorView& k, const TensorView& v, const TensorView& k_pages,
               const TensorView& v_pages, const TensorView& slots) {
   Check check("kv_write");
-  check.tensor("k", k, {"num_tokens", "num_kv_heads", "head_dim"}, {DType::f32}, false);
-  check.tensor("v", v, {"num_tokens", "num_kv_heads", "head_dim"}, {DType::f32}, false);
+  check.activation("k", k, {"num_tokens", "num_kv_heads", "head_dim"});
+  check.activation("v", v, {"num_tokens", "num_kv_heads", "head_dim"});
   check.pages("k_pages", k_pages, {DType::f32, DType::f16, DType::bf16});
   check.pages("v_pages", v_pages, {k_pages.dtype});
   check.writable("k_pages", k_pages);
   check.writable("v_pages", v_pages);
   check.tensor("slots", slots, {"num_tokens"}, {DType::i64});
   KvWriteParams p{};
-  p.k = static_cast<const float*>(k.data);
-  p.v = static_cast<const float*>(v.data);
+  p.k = k.data;
+  p.v = v.data;
   p.k_pages = k_pages.data;
   p.k_page_stride = k_pages.strides[0];
   p.v_page_stride = v_pages.strides[0];
   p.v_pages = v_pages.data;
   p.slots = static_cast<const std::int64_t*>(slots.data);
+  p.source_dtype = k.dtype;
   p.dtype = k_pages.dtype;
   p.num_tokens = check.size("num_tokens");
   p.num_kv_heads = check.size("num_kv_heads");
@@ -44,7 +45,7 @@ void kv_write(const TensorView& k, const TensorView& v, const TensorView& k_page
                     std::to_string(p.slots[token]));
     }
   }
-  FULLBEAM_DISPATCH_CPU(kv_write, k.device, p);
+  FULLBEAM_DISPATCH(kv_write, k.device, p);
 }
 
 }  // namespace fullbeam::ops

@@ -10,23 +10,24 @@ namespace fullbeam::ops {
 void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& out,
                 float eps) {
   Check check("layer_norm");
-  check.tensor("x", x, {"num_tokens", "size"}, {DType::f32}, false);
+  check.activation("x", x, {"num_tokens", "size"});
   check.tensor("weight", weight, {"size"}, {DType::f32});
   check.tensor("bias", bias, {"size"}, {DType::f32});
-  check.tensor("out", out, {"num_tokens", "size"}, {DType::f32}, false);
+  check.activation("out", out, {"num_tokens", "size"});
   check.writable("out", out);
   check.require(eps >= 0, "eps", "at least 0", std::to_string(eps));
   LayerNormParams p{};
-  p.x = static_cast<const float*>(x.data);
+  p.x = x.data;
+  p.dtype = x.dtype;
   p.weight = static_cast<const float*>(weight.data);
   p.bias = static_cast<const float*>(bias.data);
-  p.out = static_cast<float*>(out.data);
+  p.out = out.data;
   p.eps = eps;
   p.num_tokens = check.size("num_tokens");
   p.size = check.size("size");
   p.x_stride = x.strides[0];
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH_CPU(layer_norm, x.device, p);
+  FULLBEAM_DISPATCH(layer_norm, x.device, p);
 }
 
 }  // namespace fullbeam::ops

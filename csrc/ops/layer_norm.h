@@ -7,10 +7,11 @@ namespace fullbeam {
 // out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last dimension. `out` may be
 // `x`.
 struct LayerNormParams {
-  const float* x;       // [num_tokens, size]
+  const void* x;        // [num_tokens, size], dtype
   const float* weight;  // [size]
   const float* bias;    // [size]
-  float* out;           // [num_tokens, size]
+  void* out;            // [num_tokens, size], dtype
+  DType dtype;          // f32; on CUDA also f16 or bf16
   float eps;
   std::int64_t num_tokens, size;
   std::int64_t x_stride, out_stride;  // per token, in elements

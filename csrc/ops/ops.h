@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <variant>
 
 #include "core/packed_weight.h"
 #include "core/tensor.h"
@@ -24,7 +25,11 @@ inline Tensor as_heads(const Tensor& view) {
   return heads;
 }
 
-void embedding(const Tensor& token_ids, const PackedWeight& table, const MaybeTensor& residual,
+// A packed weight, or a dense matrix.
+using Table = std::variant<const PackedWeight*, TensorView>;
+
+void dequantise(const Tensor& data, const std::string& type, const Tensor& out);
+void embedding(const Tensor& token_ids, const Table& table, const MaybeTensor& residual,
                const Tensor& out, float scale);
 void rms_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& residual, const Tensor& out,
               float eps, float weight_offset);

@@ -13,7 +13,7 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
           bool interleaved, float scale) {
   Check check("rope");
   const TensorView x3 = as_heads(x);
-  check.tensor("x", x3, {"num_tokens", "num_heads", "head_dim"}, {DType::f32}, false);
+  check.activation("x", x3, {"num_tokens", "num_heads", "head_dim"});
   check.writable("x", x);
   check.tensor("positions", positions, {"num_tokens"}, {DType::i32});
   check.tensor("inv_freq", inv_freq, {"num_freqs"}, {DType::f32});
@@ -23,7 +23,8 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
                 std::to_string(num_freqs));
   check.require(std::isfinite(scale), "scale", "finite", std::to_string(scale));
   RopeParams p{};
-  p.x = static_cast<float*>(x.data);
+  p.x = x.data;
+  p.dtype = x.dtype;
   p.positions = static_cast<const std::int32_t*>(positions.data);
   p.inv_freq = static_cast<const float*>(inv_freq.data);
   p.scale = scale;
@@ -34,7 +35,7 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
   p.head_dim = head_dim;
   p.token_stride = x3.strides[0];
   p.head_stride = x3.strides[1];
-  FULLBEAM_DISPATCH_CPU(rope, x.device, p);
+  FULLBEAM_DISPATCH(rope, x.device, p);
 }
 
 }  // namespace fullbeam::ops

@@ -8,7 +8,8 @@ namespace fullbeam {
 // and multiplies them by `scale`; the rest of the head stays. A pair is (2i, 2i + 1) where
 // interleaved, else (i, i + num_freqs).
 struct RopeParams {
-  float* x;                       // [num_tokens, num_heads, head_dim], in and out
+  void* x;                        // [num_tokens, num_heads, head_dim], dtype, in and out
+  DType dtype;                    // f32; on CUDA also f16 or bf16
   const std::int32_t* positions;  // [num_tokens]; |position * inv_freq| below 2^31
   const float* inv_freq;          // [num_freqs], radians per position
   float scale;

@@ -117,6 +117,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("string_ends", &string_ends, py::arg("data"), py::arg("count"));
   m.def("decode_strings", &decode_strings, py::arg("data"), py::arg("ends"));
 
+  m.def("dequantise", &ops::dequantise, Op(), py::arg("data"), py::arg("type"), py::arg("out"));
   m.def("embedding", &ops::embedding, Op(), py::arg("token_ids"), py::arg("table"),
         py::arg("residual").none(true), py::arg("out"), py::arg("scale"));
   m.def("rms_norm", &ops::rms_norm, Op(), py::arg("x"), py::arg("weight"),

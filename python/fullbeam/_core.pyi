@@ -20,6 +20,7 @@ __all__: list[str] = [
     "build_info",
     "cpu_isa",
     "decode_strings",
+    "dequantise",
     "embedding",
     "gated_activation",
     "int8_ops_per_second",
@@ -141,9 +142,10 @@ def beam_step(
 def build_info() -> dict[str, typing.Any]: ...
 def cpu_isa() -> str: ...
 def decode_strings(data: typing_extensions.Buffer, ends: typing_extensions.Buffer) -> list[str]: ...
+def dequantise(data: typing.Any, type: str, out: typing.Any) -> None: ...
 def embedding(
     token_ids: typing.Any,
-    table: PackedWeight,
+    table: PackedWeight | typing.Any,
     residual: typing.Any | None,
     out: typing.Any,
     scale: typing.SupportsFloat | typing.SupportsIndex,

@@ -397,6 +397,8 @@ def info() -> None:
     else:
         facts["threads"] = f"{_core.num_physical_cores()} unless --threads is given"
         facts["instruction set"] = _core.cpu_isa()
+        num_devices = _core.num_cuda_devices()
+        facts["CUDA devices"] = num_devices or f"none: {_core.why_no_cuda_device()}"
         for name, value in _core.build_info().items():
             is_list = isinstance(value, (list, tuple))
             facts[name.replace("_", " ")] = ", ".join(map(str, value)) if is_list else value

@@ -45,7 +45,7 @@ def load(
     model
         Catalogue name, `.gguf` file, folder, or hub id; None: the catalogue's default.
     device
-        "auto" or "cpu"; "cuda" is not in this build.
+        "auto" or "cpu"; the engine does not run on "cuda" yet (the ops do).
     threads
         Threads to compute with; None: one for each physical core.
     context
@@ -72,7 +72,10 @@ def load(
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"load: device must be 'auto', 'cpu' or 'cuda', got {device!r}")
     if device == "cuda":
-        raise NotImplementedError("load: device 'cuda' is not in this build, which has 'cpu'")
+        from fullbeam import _core
+
+        reason = _core.why_no_cuda_device() or "the engine runs on the CPU only, so far"
+        raise NotImplementedError(f"load: device must be 'auto' or 'cpu', got 'cuda': {reason}")
     from fullbeam.models import open_model
     from fullbeam.models.catalog import resolve
 

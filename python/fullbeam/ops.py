@@ -28,6 +28,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "beam_step",
+    "dequantise",
     "embedding",
     "gated_activation",
     "kv_write",
@@ -82,9 +83,45 @@ def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWe
     return _core.pack_weight(list(parts))
 
 
+def dequantise(
+    data: Array,
+    kind: str,
+    shape: tuple[int, int],
+    *,
+    dtype: str = "float32",
+    out: Array | None = None,
+) -> Array:
+    """A weight matrix from its bytes in a GGUF file.
+
+    Parameters
+    ----------
+    data : uint8 [num_bytes]
+        Row-major, exactly the matrix.
+    kind : F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K
+    shape : (rows, cols)
+    dtype : "float32", "float16" or "bfloat16"
+        Of the new array; ``out`` has its own.
+
+    Returns
+    -------
+    ``dtype`` [rows, cols]
+        On the device of ``data``.
+
+    Raises
+    ------
+    ValueError
+        Unknown type, columns that are no multiple of its block, or a number of bytes that doesn't
+        fit the shape.
+    """
+    if out is None:
+        out = _new(data, shape, dtype)
+    _core.dequantise(data, kind, out)
+    return out
+
+
 def embedding(
     token_ids: Array,
-    table: PackedWeight,
+    table: PackedWeight | Array,
     *,
     scale: float = 1.0,
     residual: Array | None = None,
@@ -96,16 +133,19 @@ def embedding(
     ----------
     token_ids : int32 [num_tokens]
         An id outside the table counts as zeros.
-    table : PackedWeight [vocab_size, hidden_size]
+    table : [vocab_size, hidden_size]
+        A PackedWeight on the CPU, or float32, float16 or bfloat16 on the device of ``token_ids``.
     residual : float32 [num_tokens, hidden_size]
         ``out`` may be ``residual``.
 
     Returns
     -------
     float32 [num_tokens, hidden_size]
+        Of the residual's dtype where there is one.
     """
     if out is None:
-        out = _new(token_ids, (token_ids.shape[0], table.shape[1]))
+        shape = (token_ids.shape[0], table.shape[1])
+        out = _new(token_ids, shape) if residual is None else _new_activation(residual, shape)
     _core.embedding(token_ids, table, residual, out, scale)
     return out
 
@@ -156,7 +196,7 @@ def layer_norm(
     float32 [num_tokens, size]
     """
     if out is None:
-        out = _new(x, tuple(x.shape))
+        out = _new_activation(x, tuple(x.shape))
     _core.layer_norm(x, weight, bias, out, eps)
     return out
 
@@ -367,7 +407,7 @@ def gated_activation(x: Array, *, activation: str = "silu", out: Array | None = 
     float32 [num_tokens, size]
     """
     if out is None:
-        out = _new(x, (x.shape[0], x.shape[1] // 2))
+        out = _new_activation(x, (x.shape[0], x.shape[1] // 2))
     _core.gated_activation(x, out, activation)
     return out
 
@@ -386,7 +426,7 @@ def activation(x: Array, *, activation: str = "gelu", out: Array | None = None) 
     float32 [num_tokens, size]
     """
     if out is None:
-        out = _new(x, tuple(x.shape))
+        out = _new_activation(x, tuple(x.shape))
     _core.activation(x, out, activation)
     return out
 
@@ -405,7 +445,7 @@ def softcap(x: Array, cap: float, *, out: Array | None = None) -> Array:
     float32 [num_rows, size]
     """
     if out is None:
-        out = _new(x, tuple(x.shape))
+        out = _new_activation(x, tuple(x.shape))
     _core.softcap(x, out, cap)
     return out
 

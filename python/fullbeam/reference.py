@@ -18,9 +18,9 @@ from fullbeam.weight_types import WEIGHT_TYPES, dequantize, quantize
 
 __all__ = [
     "WEIGHT_TYPES", "activation", "attention_decode", "attention_prefill", "beam_step",
-    "dequantize", "edited_logits", "embedding", "gated_activation", "kv_write", "layer_norm",
-    "linear", "logprobs", "philox", "quantize", "rms_norm", "rope", "round_activations", "sample",
-    "sample_probs", "softcap", "uniform",
+    "dequantise", "dequantize", "edited_logits", "embedding", "gated_activation", "kv_write",
+    "layer_norm", "linear", "logprobs", "philox", "quantize", "rms_norm", "rope",
+    "round_activations", "sample", "sample_probs", "softcap", "uniform",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -29,6 +29,10 @@ Float64 = npt.NDArray[np.float64]
 
 def _wide(x: Any) -> Float64:
     return np.asarray(x, np.float64)
+
+
+def dequantise(data: Array, kind: str, shape: tuple[int, int]) -> Float64:
+    return _wide(dequantize(data, kind, shape))
 
 
 def embedding(

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends import CUDA
 from fullbeam import ops, reference
-from op_helpers import guarded, strided
+from op_helpers import HALF_DTYPES, as_activation, assert_accurate, guarded, strided, wide
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 KINDS = ["silu", "gelu", "gelu_tanh"]
 
 
@@ -29,6 +30,20 @@ def test_activation_may_write_over_its_input(rng: Any) -> None:
     expected = ops.activation(x)
     assert ops.activation(x, out=x) is x
     np.testing.assert_array_equal(x, expected)
+
+
+@pytest.mark.parametrize("backend", CUDA, indirect=True)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("size", [7, 64, 2056])
+def test_activation_of_half_floats_is_accurate_on_cuda(
+    rng: Any, size: int, activation: str, dtype: str
+) -> None:
+    x = as_activation(rng.standard_normal((2, size)) * 4, dtype)
+    out = ops.activation(x, activation=activation)
+    assert out.dtype == x.dtype
+    oracle = reference.activation(wide(x), activation=activation)
+    assert_accurate(out, oracle, ops.activation(wide(x).astype(np.float32), activation=activation))
 
 
 def test_activation_refuses_what_does_not_fit() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends import CUDA
 from fullbeam import ops, reference
-from op_helpers import assert_accurate, guarded, strided
+from op_helpers import HALF_DTYPES, as_activation, assert_accurate, guarded, strided, wide
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 KINDS = ["silu", "gelu", "gelu_tanh"]
 
 
@@ -63,6 +64,20 @@ def test_gated_activation_of_a_row_ignores_the_other_rows(rng: Any) -> None:
     x = rng.standard_normal((300, 70)).astype(np.float32)
     together = ops.gated_activation(x)
     np.testing.assert_array_equal(ops.gated_activation(x[123:124])[0], together[123])
+
+
+@pytest.mark.parametrize("backend", CUDA, indirect=True)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("activation", KINDS)
+@pytest.mark.parametrize("size", [7, 64, 2056])
+def test_gated_activation_of_half_floats_is_accurate_on_cuda(
+    rng: Any, size: int, activation: str, dtype: str
+) -> None:
+    x = as_activation(rng.standard_normal((2, 2 * size)) * 4, dtype)
+    out = ops.gated_activation(x, activation=activation)
+    assert out.dtype == x.dtype
+    oracle = reference.gated_activation(wide(x), activation=activation)
+    assert_accurate(out, oracle, naive(wide(x).astype(np.float32), activation))
 
 
 def test_gated_activation_refuses_what_does_not_fit() -> None:

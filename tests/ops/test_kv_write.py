@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fullbeam import _core, ops, reference
-from op_helpers import guarded
+from backends import CPU, CUDA
+from fullbeam import ops, reference
+from op_helpers import HALF_DTYPES, as_activation, guarded, wide
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -48,6 +49,7 @@ def test_kv_write_saturates_float16() -> None:
     np.testing.assert_array_equal(pages[0, 0, 0, 0], expected * 3)
 
 
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_kv_write_refuses_a_slot_past_the_last_page() -> None:
     k = np.ones((2, 1, 16), np.float32)
     with guarded((2, 1, 8, 16)) as k_pages, guarded(k_pages.shape) as v_pages:
@@ -63,13 +65,25 @@ def test_kv_write_refuses_a_slot_past_the_last_page() -> None:
 def test_kv_write_skips_a_bad_slot_in_a_recorded_program(slot: int) -> None:
     k, slots = np.ones((2, 1, 16), np.float32), np.array([3, 4], np.int64)
     with guarded((2, 1, 8, 16)) as k_pages, guarded(k_pages.shape) as v_pages:
-        _core.start_recording()
+        ops._core.start_recording()
         ops.kv_write(k, k, k_pages, v_pages, slots)
-        program = _core.stop_recording()
+        program = ops._core.stop_recording()
         slots[1] = slot
         program.run()
         assert (k_pages[0, 0, 3] == 1).all()
         assert (k_pages == 77).sum() == k_pages.size - 16
+
+
+@pytest.mark.parametrize("backend", CUDA, indirect=True)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_kv_write_takes_half_floats_on_cuda(rng: Any, dtype: str) -> None:
+    k, v = (as_activation(rng.standard_normal((3, 2, 24)), dtype) for _ in range(2))
+    pages = np.zeros((2, 2, 2, 16, 24), np.float32)
+    ops.kv_write(k, v, pages[0], pages[1], np.array([31, 99, 7]))  # a device's slots are not read
+    expected = np.zeros_like(pages)
+    for kind, values in enumerate((wide(k), wide(v))):
+        expected[kind, 1, :, 15], expected[kind, 0, :, 7] = values[0], values[2]
+    np.testing.assert_array_equal(pages, expected)
 
 
 def test_kv_write_refuses_what_does_not_fit() -> None:

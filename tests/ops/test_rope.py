@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends import CUDA
 from fullbeam import ops, reference
-from op_helpers import assert_accurate
+from op_helpers import HALF_DTYPES, as_activation, assert_accurate, wide
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def inv_freqs(num_freqs: int, base: float = 10000.0) -> Any:
@@ -72,6 +73,17 @@ def test_rope_of_a_token_ignores_the_other_tokens(rng: Any) -> None:
     ops.rope(x, positions, inv_freqs(16))
     ops.rope(alone, positions[17:18], inv_freqs(16))
     np.testing.assert_array_equal(alone[0], x[17])
+
+
+@pytest.mark.parametrize("backend", CUDA, indirect=True)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_rope_of_half_floats_is_accurate_on_cuda(rng: Any, dtype: str) -> None:
+    x = as_activation(rng.standard_normal((4, 3, 40)), dtype)
+    positions = rng.integers(0, 131072, 4).astype(np.int32)
+    before = wide(x).copy()
+    expected = naive(before.astype(np.float32), positions, inv_freqs(16), False, 1.0)
+    ops.rope(x, positions, inv_freqs(16))
+    assert_accurate(x, reference.rope(before, positions, inv_freqs(16)), expected)
 
 
 def test_rope_refuses_what_does_not_fit() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends import CUDA
 from fullbeam import ops, reference
-from op_helpers import assert_accurate, guarded, strided
+from op_helpers import HALF_DTYPES, as_activation, assert_accurate, guarded, strided, wide
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,16 @@ def test_softcap_has_its_limits() -> None:
     out = ops.softcap(x, 30.0, out=x)
     assert out is x
     np.testing.assert_array_equal(out, np.array([[0, -30, 30, -30, 30, np.nan]], np.float32))
+
+
+@pytest.mark.parametrize("backend", CUDA, indirect=True)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_softcap_of_half_floats_is_accurate_on_cuda(rng: Any, dtype: str) -> None:
+    x = as_activation(rng.standard_normal((2, 2056)) * 40, dtype)
+    out = ops.softcap(x, 30.0)
+    assert out.dtype == x.dtype
+    naive = np.float32(30) * np.tanh(wide(x).astype(np.float32) / np.float32(30))
+    assert_accurate(out, reference.softcap(wide(x), 30.0), naive)
 
 
 def test_softcap_refuses_what_does_not_fit() -> None:

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops on a GPU beside what torch offers: `python -m benchmarks ops --device cuda`.
+
+A case makes as many input sets as fill the L2 cache several times over; one CUDA graph runs the op
+on each of them, another the anchor, and the two take turns. Times are a graph's over its calls.
+Anchors that can't be captured are timed without a graph, and marked so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fullbeam import ops
+
+Call = Callable[[], Any]
+NUM_ROUNDS = 20
+COLUMNS = [
+    "op", "shape", "dtype", "device", "median_us", "p10", "p90", "GB/s", "%copy", "GFLOP/s",
+    "baseline", "ratio",
+]  # fmt: skip
+VOCAB = 131072
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make` gives a new input set's op and anchors, by name."""
+
+    op: str
+    shape: str
+    dtype: str
+    num_bytes: int
+    make: Callable[[], tuple[Call, dict[str, Call]]]
+    num_flops: int = 0
+    check: Callable[[Any, Any], bool] = field(default=lambda ours, theirs: True)
+
+
+def normal(*shape: int, dtype: str = "bfloat16") -> Any:
+    return torch.randn(shape, device="cuda", dtype=torch.float32).to(getattr(torch, dtype))
+
+
+def ints(values: Any, dtype: Any = torch.int32) -> Any:
+    return torch.as_tensor(values, dtype=dtype, device="cuda")
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    scale = theirs.float().abs().max().item()
+    return (ours.float() - theirs.float()).abs().max().item() <= 0.03 * scale + 1e-6
+
+
+def rms_norm(num_tokens: int, size: int) -> Case:
+    def make() -> tuple[Call, dict[str, Call]]:
+        x, weight = normal(num_tokens, size), normal(size, dtype="float32")
+        out, half = torch.empty_like(x), weight.bfloat16()
+        theirs = lambda: torch.nn.functional.rms_norm(x, (size,), half, 1e-6)  # noqa: E731
+        return lambda: ops.rms_norm(x, weight, out=out), {"torch": theirs}
+
+    return Case("rms_norm", f"{num_tokens}x{size}", "bf16", 4 * num_tokens * size, make, 0, close)
+
+
+def gated_activation(num_tokens: int, size: int) -> Case:
+    def make() -> tuple[Call, dict[str, Call]]:
+        x, out = normal(num_tokens, 2 * size), normal(num_tokens, size)
+        gate, up = x.chunk(2, dim=1)
+        theirs = lambda: torch.nn.functional.silu(gate) * up  # noqa: E731
+        return lambda: ops.gated_activation(x, out=out), {"torch": theirs}
+
+    shape = f"{num_tokens}x{size}"
+    return Case("gated_activation", shape, "bf16", 6 * num_tokens * size, make, 0, close)
+
+
+def rope(num_tokens: int, num_heads: int, head_dim: int) -> Case:
+    def make() -> tuple[Call, dict[str, Call]]:
+        x = normal(num_tokens, num_heads, head_dim)
+        positions, half = ints(range(num_tokens)), head_dim // 2
+        inv_freq = 10000.0 ** (-torch.arange(half, device="cuda", dtype=torch.float32) / half)
+
+        def theirs() -> Any:
+            angles = (positions[:, None] * inv_freq)[:, None]
+            cos, sin = angles.cos(), angles.sin()
+            a, b = x.float().chunk(2, dim=-1)
+            return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+        return lambda: ops.rope(x, positions, inv_freq), {"torch": theirs}
+
+    num_bytes = 4 * num_tokens * num_heads * head_dim
+    return Case("rope", f"{num_tokens}x{num_heads}x{head_dim}", "bf16", num_bytes, make)
+
+
+def embedding(num_tokens: int, size: int) -> Case:
+    def make() -> tuple[Call, dict[str, Call]]:
+        table, ids = normal(32768, size), torch.randint(32768, (num_tokens,), device="cuda")
+        out, narrow = normal(num_tokens, size), ids.int()
+        theirs = lambda: torch.nn.functional.embedding(ids, table)  # noqa: E731
+        return lambda: ops.embedding(narrow, table, out=out), {"torch": theirs}
+
+    return Case("embedding", f"{num_tokens}x{size}", "bf16", 4 * num_tokens * size, make, 0, close)
+
+
+def dequantise(kind: str, rows: int, cols: int) -> Case:
+    from fullbeam import reference
+
+    host = reference.quantize(np.random.default_rng(0).standard_normal((64, cols)), kind)
+    data = np.tile(host.ravel(), rows // 64)
+
+    def make() -> tuple[Call, dict[str, Call]]:
+        device, out = torch.from_numpy(data).cuda(), normal(rows, cols)
+        return lambda: ops.dequantise(device, kind, (rows, cols), out=out), {}
+
+    return Case("dequantise", f"{rows}x{cols}", kind, data.nbytes + 2 * rows * cols, make)
+
+
+def paged(seqs: int, seq_len: int, num_kv_heads: int, head_dim: int, page_size: int) -> Any:
+    """Shuffled pages, and the same keys or values as one tensor [seqs, heads, seq_len, dim]."""
+    per_seq = seq_len // page_size
+    dense = normal(seqs, num_kv_heads, seq_len, head_dim)
+    table = torch.randperm(seqs * per_seq, device="cuda").reshape(seqs, per_seq)
+    pages = torch.empty((seqs * per_seq, num_kv_heads, page_size, head_dim), device="cuda")
+    pages = pages.to(dense.dtype)
+    runs = dense.reshape(seqs, num_kv_heads, per_seq, page_size, head_dim).transpose(1, 2)
+    pages[table.reshape(-1)] = runs.reshape(-1, num_kv_heads, page_size, head_dim)
+    return dense, pages, table.int()
+
+
+def attention(num_seqs: int, seq_len: int, num_queries: int) -> Case:
+    num_heads, num_kv_heads, head_dim, page_size = 32, 8, 128, 64
+    scale = head_dim**-0.5
+    op = "attention_decode" if num_queries == 1 else "attention_prefill"
+
+    def make() -> tuple[Call, dict[str, Call]]:
+        torch.manual_seed(0)
+        keys, k_pages, table = paged(num_seqs, seq_len, num_kv_heads, head_dim, page_size)
+        torch.manual_seed(0)
+        values, v_pages, _ = paged(num_seqs, seq_len, num_kv_heads, head_dim, page_size)
+        q = normal(num_seqs * num_queries, num_heads, head_dim)
+        out, lens = torch.empty_like(q), ints([seq_len] * num_seqs)
+        starts = ints([idx * num_queries for idx in range(num_seqs + 1)])
+        heads = q.reshape(num_seqs, num_queries, num_heads, head_dim).transpose(1, 2)
+
+        def ours() -> Any:
+            if num_queries == 1:
+                return ops.attention_decode(q, k_pages, v_pages, table, lens, scale=scale, out=out)
+            return ops.attention_prefill(
+                q, k_pages, v_pages, table, lens, starts, scale=scale, out=out
+            )
+
+        def theirs(backend: Any) -> Call:
+            def call() -> Any:
+                with torch.nn.attention.sdpa_kernel(backend):
+                    found = torch.nn.functional.scaled_dot_product_attention(
+                        heads, keys, values, is_causal=num_queries > 1, scale=scale,
+                        enable_gqa=True,
+                    )  # fmt: skip
+                return found.transpose(1, 2).reshape(out.shape)
+
+            return call
+
+        kinds = torch.nn.attention.SDPBackend
+        return ours, {
+            "sdpa flash": theirs(kinds.FLASH_ATTENTION),
+            "sdpa cudnn": theirs(kinds.CUDNN_ATTENTION),
+        }
+
+    num_bytes = 4 * num_seqs * seq_len * num_kv_heads * head_dim
+    flops = 4 * num_seqs * num_queries * seq_len * num_heads * head_dim // min(num_queries, 2)
+    shape = f"{num_seqs}x{seq_len} heads 32/8x128"
+    return Case(op, shape, "bf16", num_bytes, make, flops, close)
+
+
+def logprobs(num_rows: int) -> Case:
+    def make() -> tuple[Call, dict[str, Call]]:
+        logits, ids = 3 * normal(num_rows, VOCAB, dtype="float32"), ints([0] * num_rows)
+        theirs = lambda: logits.log_softmax(dim=1).topk(5, dim=1)  # noqa: E731
+        return lambda: ops.logprobs(logits, ids, num_top=5), {"torch": theirs}
+
+    return Case("logprobs", f"{num_rows}x{VOCAB} top 5", "f32", 4 * num_rows * VOCAB, make)
+
+
+def sample(num_rows: int, temperature: float, top_k: int, top_p: float) -> Case:
+    def make() -> tuple[Call, dict[str, Call]]:
+        logits = 3 * normal(num_rows, VOCAB, dtype="float32")
+        options = {
+            "temperature": torch.full((num_rows,), temperature, device="cuda"),
+            "top_k": ints([top_k] * num_rows),
+            "top_p": torch.full((num_rows,), top_p, device="cuda"),
+            "min_p": torch.zeros(num_rows, device="cuda"),
+            "seeds": ints(range(num_rows), torch.int64).view(torch.uint64),
+            "counters": ints(np.zeros((num_rows, 3))).view(torch.uint32),
+        }
+
+        def by_sort() -> Any:
+            values, ids = (logits / temperature).sort(dim=1, descending=True)
+            if top_k:
+                values[:, top_k:] = float("-inf")
+            probs = values.softmax(dim=1)
+            probs = probs * (probs.cumsum(dim=1) - probs < top_p)
+            return ids.gather(1, probs.multinomial(1))
+
+        def by_top_k() -> Any:
+            values, ids = (logits / temperature).topk(top_k, dim=1)
+            probs = values.softmax(dim=1)
+            probs = probs * (probs.cumsum(dim=1) - probs < top_p)
+            return ids.gather(1, probs.multinomial(1))
+
+        if temperature == 0:
+            return lambda: ops.sample(logits, **options), {"argmax": lambda: logits.argmax(1)}
+        anchors = {"sort": by_sort} | ({"topk": by_top_k} if top_k else {})
+        return lambda: ops.sample(logits, **options), anchors
+
+    shape = f"{num_rows}x{VOCAB} t={temperature:g} k={top_k} p={top_p:g}"
+    return Case("sample", shape, "f32", 4 * num_rows * VOCAB, make)
+
+
+def beam_step(num_requests: int, beam_size: int) -> Case:
+    num_beams = num_requests * beam_size
+
+    def make() -> tuple[Call, dict[str, Call]]:
+        logits = 3 * normal(num_beams, VOCAB, dtype="float32")
+        sums = torch.randn((num_beams, 2), device="cuda", dtype=torch.float64)
+        arguments = {
+            "beam_rows": ints(range(num_beams)),
+            "sums": sums,
+            "group_starts": ints([idx * beam_size for idx in range(num_requests + 1)]),
+            "request_starts": ints(range(num_requests + 1)),
+            "beam_sizes": ints([beam_size] * num_requests),
+            "diversity_strengths": torch.zeros(num_requests, device="cuda"),
+        }
+
+        def theirs() -> Any:  # as transformers' generate does it
+            scores = logits.log_softmax(dim=1) + sums[:, :1].float()
+            values, places = scores.reshape(num_requests, -1).topk(2 * beam_size, dim=1)
+            return values, places // VOCAB, places % VOCAB
+
+        return lambda: ops.beam_step(logits, **arguments), {"torch": theirs}
+
+    shape = f"{num_requests} of {beam_size} beams x{VOCAB}"
+    return Case("beam_step", shape, "f32", 4 * num_beams * VOCAB, make)
+
+
+def cases() -> list[Case]:
+    return [
+        *(rms_norm(n, 4096) for n in (1, 8, 4096)),
+        *(gated_activation(n, 14336) for n in (1, 8, 2048)),
+        *(rope(n, 40, 128) for n in (1, 8, 4096)),
+        *(embedding(n, 4096) for n in (8, 4096)),
+        *(dequantise(kind, 4096, 4096) for kind in ("Q8_0", "Q4_K", "Q6_K")),
+        *(attention(*shape, 1) for shape in ((1, 1024), (1, 8192), (8, 4096), (64, 4096))),
+        *(attention(*shape, shape[1]) for shape in ((1, 1024), (1, 4096), (4, 4096))),
+        *(logprobs(n) for n in (1, 64)),
+        *(
+            sample(n, *knobs)
+            for n in (1, 8, 64, 256)
+            for knobs in ((0.0, 0, 1.0), (0.8, 0, 1.0), (0.8, 50, 0.9), (0.8, 0, 0.9))
+        ),
+        *(beam_step(*shape) for shape in ((1, 4), (8, 8))),
+    ]
+
+
+def graph_of(calls: list[Call]) -> Call:
+    """Replays all of the calls; runs them one by one where they can't be captured."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def time_us(run: Call) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3
+
+
+def copy_bytes_per_second() -> float:
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(time_us(lambda: target.copy_(source)) for _ in range(8)) * 1e6
+
+
+def rows(only: str | None, peak: float) -> Iterator[dict[str, Any]]:
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    for case in cases():
+        if only not in (None, case.op):
+            continue
+        num_sets = max(4, min(32, -(-3 * l2_bytes // case.num_bytes)))
+        sets = [case.make() for _ in range(num_sets)]
+        try:
+            found = sets[0][0]()
+        except NotImplementedError as error:
+            sys.stderr.write(f"benchmarks: {case.op} is left out: {error}\n")
+            continue
+        for name, anchor in sets[0][1].items():
+            if not case.check(found, anchor()):
+                raise AssertionError(f"{case.op} {case.shape}: ours and {name} differ")
+        runs = {"ours": graph_of([ours for ours, _ in sets])}
+        for name in sets[0][1]:
+            calls = [anchors[name] for _, anchors in sets]
+            try:
+                runs[name] = graph_of(calls)
+            except RuntimeError:
+                runs[name + " (eager)"] = lambda calls=calls: [call() for call in calls]
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(NUM_ROUNDS):
+            for name, run in runs.items():
+                times[name].append(time_us(run) / num_sets)
+        median = statistics.median(times["ours"])
+        best = min(
+            (n for n in runs if n != "ours"), key=lambda n: statistics.median(times[n]), default=""
+        )
+        yield {
+            "op": case.op,
+            "shape": case.shape,
+            "dtype": case.dtype,
+            "device": "cuda",
+            "median_us": median,
+            "p10": float(np.percentile(times["ours"], 10)),
+            "p90": float(np.percentile(times["ours"], 90)),
+            "GB/s": case.num_bytes / median / 1e3,
+            "%copy": 100 * case.num_bytes / median * 1e6 / peak,
+            "baseline": f"{best} {statistics.median(times[best]):.4g}" if best else "-",
+            "ratio": statistics.median(times[best]) / median if best else float("nan"),
+            "GFLOP/s": case.num_flops / median / 1e3,
+            "medians_us": {name: statistics.median(taken) for name, taken in times.items()},
+        }
+
+
+def environment() -> dict[str, Any]:
+    import subprocess
+
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    asked = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {"gpu": asked.stdout.strip(), "torch": torch.__version__, "cuda": torch.version.cuda}

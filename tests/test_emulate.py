@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulation of CUDA finds what a kernel does wrong, and runs right ones as a GPU would."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends import emulated_core
+
+Check = Callable[..., str]
+
+
+@pytest.fixture
+def check() -> Check:
+    """Runs a kernel of tests/emulate/check_kernels.cc; its words, or "" where it found no fault."""
+    core = emulated_core()
+    core.emulate_set_seed(7, 0)
+    core.emulate_set_device(9, 0, 4)
+    function = core.library.emulate_check
+    function.restype = ctypes.c_char_p
+    empty = np.zeros(1, np.int32)
+
+    def run(name: str, out: Any = empty, first: Any = empty, second: Any = empty) -> str:
+        pointers = (ctypes.c_void_p(array.ctypes.data) for array in (first, second, out))
+        said: bytes = function(name.encode(), *pointers)
+        return said.decode()
+
+    return run
+
+
+def test_a_barrier_orders_the_threads(check: Check) -> None:
+    out = np.zeros(64, np.int32)
+    assert check("exchange", out) == ""
+    np.testing.assert_array_equal(out, (np.arange(64) + 1) % 64)
+
+
+def test_a_missing_barrier_shows_the_undefined_start_of_shared_memory(check: Check) -> None:
+    out = np.zeros(64, np.int32)
+    assert check("exchange without a barrier", out) == ""
+    assert (out == -1).sum() > 5  # all bits set: NaN to a float
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("half a warp at a barrier", "threads wait for ones that never come: block (0, 0, 0) thre"),
+        ("one thread at the barrier", "threads wait for ones that never come"),
+        ("past the end", "a thread wrote 0 bytes past the 32 bytes of shared memory"),
+        ("too much shared memory", "failed at"),
+    ],
+)
+def test_faults_are_found(check: Check, kernel: str, words: str) -> None:
+    assert words in check(kernel)
+
+
+def test_errors_tell_the_seed(check: Check) -> None:
+    assert "(--emulate-seed 7)" in check("past the end")
+
+
+def test_asynchronous_copies_land_when_they_are_waited_for(check: Check) -> None:
+    source, out = np.arange(128, dtype=np.int32), np.zeros(128, np.int32)
+    assert check("copy", out, source) == ""
+    np.testing.assert_array_equal(out, source)
+    assert check("copy without waiting", out, source) == ""
+    assert (out == -1).all()
+
+
+def test_blocks_of_a_cluster_read_each_others_shared_memory(check: Check) -> None:
+    out = np.zeros(8, np.int32)
+    assert check("ranks", out) == ""
+    np.testing.assert_array_equal(out, [1, 2, 3, 0, 5, 6, 7, 4])
+
+
+def test_a_block_reduces_to_all_threads(check: Check) -> None:
+    out = np.zeros(256, np.float32)
+    assert check("sums", out) == ""
+    assert (out == np.arange(256).sum()).all()
+
+
+def test_tensor_core_fragments_have_their_layout(check: Check) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-8, 8, shape).astype(np.float16) for shape in ((16, 16), (8, 16)))
+    out = np.zeros((16, 8), np.float32)
+    assert check("product", out, a, b) == ""
+    np.testing.assert_array_equal(out, a.astype(np.float32) @ b.astype(np.float32).T)
