@@ -8,6 +8,8 @@ Anchors that can't be captured are timed without a graph, and marked so.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -116,61 +118,158 @@ def dequantise(kind: str, rows: int, cols: int) -> Case:
     return Case("dequantise", f"{rows}x{cols}", kind, data.nbytes + 2 * rows * cols, make)
 
 
-def paged(seqs: int, seq_len: int, num_kv_heads: int, head_dim: int, page_size: int) -> Any:
-    """Shuffled pages, and the same keys or values as one tensor [seqs, heads, seq_len, dim]."""
-    per_seq = seq_len // page_size
-    dense = normal(seqs, num_kv_heads, seq_len, head_dim)
-    table = torch.randperm(seqs * per_seq, device="cuda").reshape(seqs, per_seq)
-    pages = torch.empty((seqs * per_seq, num_kv_heads, page_size, head_dim), device="cuda")
-    pages = pages.to(dense.dtype)
-    runs = dense.reshape(seqs, num_kv_heads, per_seq, page_size, head_dim).transpose(1, 2)
-    pages[table.reshape(-1)] = runs.reshape(-1, num_kv_heads, page_size, head_dim)
-    return dense, pages, table.int()
+HEADS, KV_HEADS, ATTENTION_DIM = 32, 8, 128
 
 
-def attention(num_seqs: int, seq_len: int, num_queries: int) -> Case:
-    num_heads, num_kv_heads, head_dim, page_size = 32, 8, 128, 64
-    scale = head_dim**-0.5
-    op = "attention_decode" if num_queries == 1 else "attention_prefill"
+def paged(lens: list[int], page_size: int) -> Any:
+    """Keys and values in shuffled pages, their page table, and each as one tensor
+    [num_seqs, KV_HEADS, longest, ATTENTION_DIM].
+    """
+    per_seq = [-(-length // page_size) for length in lens]
+    order = torch.randperm(sum(per_seq), device="cuda")
+    table = torch.full((len(lens), max(per_seq)), -1, device="cuda")
+    for seq, mine in enumerate(order.split(per_seq)):
+        table[seq, : len(mine)] = mine
+    pages = [normal(len(order), KV_HEADS, page_size, ATTENTION_DIM) for _ in range(2)]
+    dense = [
+        some[table.clamp(min=0)].transpose(1, 2).flatten(2, 3)[:, :, : max(lens)] for some in pages
+    ]
+    return *pages, table.int(), *dense
+
+
+def sdpa(backend: str, q: Any, keys: Any, values: Any, is_causal: bool) -> Call:
+    def call() -> Any:
+        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+            found = torch.nn.functional.scaled_dot_product_attention(
+                q, keys, values, is_causal=is_causal, scale=ATTENTION_DIM**-0.5, enable_gqa=True
+            )
+        return found.transpose(1, 2).flatten(0, 1)
+
+    return call
+
+
+def flashinfer_decode(
+    q: Any, k_pages: Any, v_pages: Any, table: Any, lens: list[int]
+) -> dict[str, Call]:
+    """Where its wheel is there; the plan, made on the host, is not counted."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return {}
+    page_size = k_pages.shape[2]
+    per_seq = [-(-length // page_size) for length in lens]
+    starts = ints(np.cumsum([0, *per_seq]))
+    indices = torch.cat([row[:count] for row, count in zip(table, per_seq, strict=True)])
+    last = ints([(length - 1) % page_size + 1 for length in lens])
+    wrapper = importlib.import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(2**27, dtype=torch.uint8, device="cuda"), "HND", use_tensor_cores=True
+    )
+    wrapper.plan(
+        starts, indices, last, HEADS, KV_HEADS, ATTENTION_DIM, page_size,
+        q_data_type=q.dtype, kv_data_type=k_pages.dtype,
+    )  # fmt: skip
+    return {"flashinfer": lambda: wrapper.run(q, (k_pages, v_pages))}
+
+
+def attention_decode(name: str, lens: list[int], page_size: int = 64) -> Case:
+    is_even = len(set(lens)) == 1
 
     def make() -> tuple[Call, dict[str, Call]]:
-        torch.manual_seed(0)
-        keys, k_pages, table = paged(num_seqs, seq_len, num_kv_heads, head_dim, page_size)
-        torch.manual_seed(0)
-        values, v_pages, _ = paged(num_seqs, seq_len, num_kv_heads, head_dim, page_size)
-        q = normal(num_seqs * num_queries, num_heads, head_dim)
-        out, lens = torch.empty_like(q), ints([seq_len] * num_seqs)
-        starts = ints([idx * num_queries for idx in range(num_seqs + 1)])
-        heads = q.reshape(num_seqs, num_queries, num_heads, head_dim).transpose(1, 2)
+        k_pages, v_pages, table, keys, values = paged(lens, page_size)
+        q, seq_lens = normal(len(lens), HEADS, ATTENTION_DIM), ints(lens)
+        out, heads = torch.empty_like(q), q[:, :, None]
+        anchors = flashinfer_decode(q, k_pages, v_pages, table, lens)
+        if is_even:
+            anchors["sdpa flash"] = sdpa("FLASH_ATTENTION", heads, keys, values, False)
+            anchors["sdpa cudnn"] = sdpa("CUDNN_ATTENTION", heads, keys, values, False)
+        scale = ATTENTION_DIM**-0.5
+        run = lambda: ops.attention_decode(  # noqa: E731
+            q, k_pages, v_pages, table, seq_lens, scale=scale, out=out
+        )
+        return run, anchors
 
-        def ours() -> Any:
-            if num_queries == 1:
-                return ops.attention_decode(q, k_pages, v_pages, table, lens, scale=scale, out=out)
-            return ops.attention_prefill(
-                q, k_pages, v_pages, table, lens, starts, scale=scale, out=out
+    num_bytes = 4 * sum(lens) * KV_HEADS * ATTENTION_DIM
+    flops = 4 * sum(lens) * HEADS * ATTENTION_DIM
+    shape = f"{name} pages of {page_size}"
+    return Case("attention_decode", shape, "bf16", num_bytes, make, flops, close)
+
+
+def attention_decode_search(prompt_len: int, num_beams: int, page_size: int = 64) -> Case:
+    """A search's beams behind one prompt; beside it each as a sequence of its own."""
+    shared, own = 32, 32  # generated tokens, a slot each
+    num_slots, chain_len = shared + num_beams * own, prompt_len + shared + own
+
+    def make() -> tuple[Call, dict[str, Call]]:
+        k_pages, v_pages, table, keys, values = paged([prompt_len + num_slots], page_size)
+        q = normal(num_beams, HEADS, ATTENTION_DIM)
+        paths = [
+            [*range(shared), *range(shared + beam * own, shared + (beam + 1) * own)]
+            for beam in range(num_beams)
+        ]
+        chains = ints([[*range(prompt_len), *(prompt_len + s for s in path)] for path in paths])
+        plain = []
+        plain_table = torch.arange(num_beams * -(-chain_len // page_size), device="cuda")
+        for dense in (keys, values):
+            runs = dense[0][:, chains.long()].transpose(
+                0, 1
+            )  # [num_beams, KV_HEADS, chain_len, ..]
+            runs = torch.nn.functional.pad(runs, (0, 0, 0, -chain_len % page_size))
+            plain.append(
+                runs.unflatten(2, (-1, page_size)).transpose(1, 2).flatten(0, 1).contiguous()
             )
-
-        def theirs(backend: Any) -> Call:
-            def call() -> Any:
-                with torch.nn.attention.sdpa_kernel(backend):
-                    found = torch.nn.functional.scaled_dot_product_attention(
-                        heads, keys, values, is_causal=num_queries > 1, scale=scale,
-                        enable_gqa=True,
-                    )  # fmt: skip
-                return found.transpose(1, 2).reshape(out.shape)
-
-            return call
-
-        kinds = torch.nn.attention.SDPBackend
-        return ours, {
-            "sdpa flash": theirs(kinds.FLASH_ATTENTION),
-            "sdpa cudnn": theirs(kinds.CUDNN_ATTENTION),
+        num_words = -(-num_slots // 32)
+        bits = np.zeros((num_beams, 32 * num_words), bool)
+        slot_positions = np.zeros((1, 32 * num_words), np.int32)
+        for beam, path in enumerate(paths):
+            bits[beam, path] = True
+            slot_positions[0, path] = prompt_len + np.arange(len(path))
+        visible = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+        slots = {
+            "query_starts": ints([0, num_beams]),
+            "slot_starts": ints([prompt_len]),
+            "num_slots": ints([num_slots]),
+            "visible": ints(visible).view(torch.uint32),
+            "slot_positions": ints(slot_positions),
+            "positions": ints([chain_len - 1] * num_beams),
+        }
+        prompt_lens, chain_lens = ints([prompt_len]), ints([chain_len] * num_beams)
+        plain_table = plain_table.reshape(num_beams, -1).int()
+        scale = ATTENTION_DIM**-0.5
+        return (
+            lambda: ops.attention_decode(
+                q, k_pages, v_pages, table, prompt_lens, scale=scale, **slots
+            )
+        ), {
+            "plain rows": lambda: ops.attention_decode(
+                q, plain[0], plain[1], plain_table, chain_lens, scale=scale
+            ),
+            **flashinfer_decode(q, plain[0], plain[1], plain_table, [chain_len] * num_beams),
         }
 
-    num_bytes = 4 * num_seqs * seq_len * num_kv_heads * head_dim
-    flops = 4 * num_seqs * num_queries * seq_len * num_heads * head_dim // min(num_queries, 2)
-    shape = f"{num_seqs}x{seq_len} heads 32/8x128"
-    return Case(op, shape, "bf16", num_bytes, make, flops, close)
+    num_bytes = 4 * (prompt_len + num_slots) * KV_HEADS * ATTENTION_DIM
+    flops = 4 * num_beams * chain_len * HEADS * ATTENTION_DIM
+    shape = f"{num_beams} beams behind {prompt_len}"
+    return Case("attention_decode", shape, "bf16", num_bytes, make, flops, close)
+
+
+def attention_prefill(num_seqs: int, seq_len: int, page_size: int = 64) -> Case:
+    def make() -> tuple[Call, dict[str, Call]]:
+        k_pages, v_pages, table, keys, values = paged([seq_len] * num_seqs, page_size)
+        q = normal(num_seqs * seq_len, HEADS, ATTENTION_DIM)
+        out, lens = torch.empty_like(q), ints([seq_len] * num_seqs)
+        starts = ints([idx * seq_len for idx in range(num_seqs + 1)])
+        heads = q.unflatten(0, (num_seqs, seq_len)).transpose(1, 2)
+        scale = ATTENTION_DIM**-0.5
+        run = lambda: ops.attention_prefill(  # noqa: E731
+            q, k_pages, v_pages, table, lens, starts, scale=scale, out=out
+        )
+        return run, {
+            "sdpa flash": sdpa("FLASH_ATTENTION", heads, keys, values, True),
+            "sdpa cudnn": sdpa("CUDNN_ATTENTION", heads, keys, values, True),
+        }
+
+    num_bytes = 4 * num_seqs * seq_len * (KV_HEADS + HEADS) * ATTENTION_DIM
+    flops = 2 * num_seqs * seq_len**2 * HEADS * ATTENTION_DIM
+    shape = f"{num_seqs}x{seq_len}"
+    return Case("attention_prefill", shape, "bf16", num_bytes, make, flops, close)
 
 
 def logprobs(num_rows: int) -> Case:
@@ -250,8 +349,14 @@ def cases() -> list[Case]:
         *(rope(n, 40, 128) for n in (1, 8, 4096)),
         *(embedding(n, 4096) for n in (8, 4096)),
         *(dequantise(kind, 4096, 4096) for kind in ("Q8_0", "Q4_K", "Q6_K")),
-        *(attention(*shape, 1) for shape in ((1, 1024), (1, 8192), (8, 4096), (64, 4096))),
-        *(attention(*shape, shape[1]) for shape in ((1, 1024), (1, 4096), (4, 4096))),
+        *(
+            attention_decode(f"{n}x{length}", [length] * n)
+            for n, length in ((1, 1024), (1, 8192), (8, 4096), (64, 4096))
+        ),
+        attention_decode("8x4096", [4096] * 8, 16),
+        attention_decode("64 of 128..32768", [int(128 * 2 ** (i / 63 * 8)) for i in range(64)]),
+        *(attention_decode_search(*shape) for shape in ((2048, 8), (4096, 8), (4096, 32))),
+        *(attention_prefill(*shape) for shape in ((1, 1024), (1, 4096), (4, 4096))),
         *(logprobs(n) for n in (1, 64)),
         *(
             sample(n, *knobs)
