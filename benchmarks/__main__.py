@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import drafts, harness, infill, peers, quality, search, server, soak, start, steps
+from benchmarks import (
+    drafts,
+    harness,
+    infill,
+    load,
+    peers,
+    quality,
+    search,
+    server,
+    soak,
+    start,
+    steps,
+)
 from fullbeam import _core
 from fullbeam.bench import Ceilings
 
@@ -101,6 +113,7 @@ def main() -> int:
     suites.add_parser("peers", help="fullbeam beside other runtimes on the same model")
     suites.add_parser("server", help="`fullbeam serve` beside llama.cpp's server")
     suites.add_parser("start", help="from the start of `fullbeam serve` to its first token")
+    suites.add_parser("load", help="seconds and memory that loading a model takes")
     suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
     suites.add_parser("search", help="what beam search costs beside drawing as many rows")
     suites.add_parser("drafts", help="tokens per second with and without drafts")
@@ -111,6 +124,7 @@ def main() -> int:
         "peers": peers,
         "server": server,
         "start": start,
+        "load": load,
         "quality": quality,
         "search": search,
         "drafts": drafts,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import peers, steps
+from benchmarks import load, peers, steps
 from fullbeam import _core, bench, cli
 from fullbeam.models import open_model
 from tiny_models import Tiny
@@ -214,3 +214,14 @@ def test_server_benchmark_ends_while_answers_are_under_way(tiny: Path, tmp_path:
     assert status == 1
     assert seconds < 15
     assert not running(str(script) + "\0")
+
+
+def test_load_says_what_a_process_took(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = load.measure(tiny, 1, None, rounds=2)
+    assert [row["way"] for row in rows] == ["as stored"]
+    assert rows[0]["files MiB"] == tiny.stat().st_size / 2**20
+    assert 0 < rows[0]["load s"]["min"] <= rows[0]["load s"]["max"] < 60
+    assert 10 < rows[0]["peak MiB"]["median"] < 2000
+    with pytest.raises(SystemExit):
+        load.main([str(tiny), "--quantize", "q8", "--rounds", "1"])
+    assert "quantize" in capsys.readouterr().err
