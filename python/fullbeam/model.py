@@ -16,7 +16,7 @@ import numpy as np
 from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
-from fullbeam.engine.memory import PAGE_SIZE, available_bytes, plan_kv
+from fullbeam.engine.memory import PAGE_SIZE, available_bytes, plan_kv, return_free_memory
 from fullbeam.engine.sequence import Event, Request
 from fullbeam.engine.text import Piece, Tokenizer
 from fullbeam.params import CompletionParams
@@ -83,6 +83,7 @@ def load(
     opened = open_model(
         path, threads=threads, context=context, quantize=quantize, progress=progress
     )
+    return_free_memory()
     decoder = opened.decoder
     plan = plan_kv(
         bytes_per_token=decoder.kv_bytes_per_token(),

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +73,12 @@ def available_bytes() -> int:
         reclaimable = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
         free = min(free, int(limit) - int(used) + reclaimable)
     return max(free, 0)
+
+
+def return_free_memory() -> None:
+    """Give back what building freed: glibc keeps 30 MB of it for Gemma's 262144 tokens."""
+    with suppress(OSError, TypeError, AttributeError):  # other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read(path: str) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["OpenModel", "open_model"]
 
 _REPORT_S = 0.05  # from one report of progress to the next
-_BUILD_BYTES = 200  # that building a tokenizer takes for each token, besides those it keeps
+_BUILD_BYTES = 240  # that building a tokenizer takes for each token, besides those it keeps
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from fullbeam.engine.memory import return_free_memory
 from fullbeam.models.catalog import cache_folder
 from fullbeam.models.gguf import GgufFile, GgufStrings
 from fullbeam.models.pretokenizers import PRETOKENIZERS, Pretokenizer
@@ -105,7 +104,7 @@ class Tokenizer:
                 f"{file.path}: metadata must have tokenizer.ggml.bos_token_id, which is absent"
             )
         add_bos = default_bos if add_bos is None else add_bos
-        _return_free_memory()
+        return_free_memory()
         return cls(
             vocabulary,
             backend,
@@ -383,12 +382,6 @@ def _strips_after_special(file: GgufFile) -> Callable[[str], bool]:
     if "phi-3" not in name and "phi3" not in name:
         return lambda _: False
     return lambda text: text not in ("<unk>", "<s>", "<|endoftext|>")
-
-
-def _return_free_memory() -> None:
-    """Give back what building freed: glibc keeps 30 MB of it for Gemma's 262144 tokens."""
-    with suppress(OSError, TypeError, AttributeError):  # other C libraries have no such function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _first_surrogate(text: str) -> int | None:
