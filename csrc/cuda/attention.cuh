@@ -45,6 +45,11 @@ __device__ inline void cap_scores(const AttentionPrefillParams& p, float (&score
   }
 }
 
+// Query heads of a KV head; 64-bit divisions would be calls.
+__device__ inline int group_of(const AttentionPrefillParams& p) {
+  return static_cast<int>(p.num_q_heads) / static_cast<int>(p.num_kv_heads);
+}
+
 __device__ inline int window_of(const AttentionPrefillParams& p) {
   return p.window > 0x3fffffff ? 0 : static_cast<int>(p.window);
 }

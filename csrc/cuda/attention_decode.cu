@@ -76,7 +76,7 @@ struct Sequence {
     num_key_chunks =
         first_key < seq_len ? (seq_len + chunk_keys - 1) / chunk_keys - first_chunk : 0;
     num_chunks = max(num_key_chunks + (num_slots + chunk_keys - 1) / chunk_keys, 1);
-    const int num_rows = max(num_tokens, 0) * static_cast<int>(p.num_q_heads / p.num_kv_heads);
+    const int num_rows = max(num_tokens, 0) * group_of(p);
     num_blocks = (num_rows + block_rows - 1) / block_rows;
     num_units = static_cast<int>(p.num_kv_heads) * num_blocks * num_chunks;
   }
@@ -154,7 +154,7 @@ struct Walk {
   }
 
   __device__ QueryRows rows(const AttentionDecodeParams& p) const {
-    const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
+    const int group = group_of(p);
     const int first_row = row_block * kBlockRows;
     return {s.first_token, first_row, min(s.num_tokens * group - first_row, kBlockRows), kv_head,
             group};

@@ -34,7 +34,7 @@ struct PrefillWalk {
 
   // num_rows is 0 where this number has no rows.
   __device__ explicit PrefillWalk(const AttentionPrefillParams& p) {
-    const int group = static_cast<int>(p.num_q_heads / p.num_kv_heads);
+    const int group = group_of(p);
     const int num_heads = static_cast<int>(p.num_kv_heads);
     const int number = static_cast<int>(gridDim.x - 1 - blockIdx.x) / num_heads;
     kv_head = kv_head_of(p);
@@ -61,11 +61,10 @@ struct PrefillWalk {
   }
 
   __device__ QueryRows rows(const AttentionPrefillParams& p) const {
-    return {first_token, first_row, num_rows, kv_head,
-            static_cast<int>(p.num_q_heads / p.num_kv_heads)};
+    return {first_token, first_row, num_rows, kv_head, group_of(p)};
   }
   __device__ static int kv_head_of(const AttentionPrefillParams& p) {
-    return static_cast<int>(blockIdx.x % p.num_kv_heads);
+    return static_cast<int>(blockIdx.x % static_cast<unsigned>(p.num_kv_heads));
   }
   __device__ int position(int token) const { return last_position - (last_token - token); }
   __device__ bool has_tile() const { return first < end; }
@@ -116,8 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   async_copy_wait<0>();
   __syncthreads();
-  const QueryRows done{kept[0], kept[1], kept[2], Walk::kv_head_of(p),
-                       static_cast<int>(p.num_q_heads / p.num_kv_heads)};
+  const QueryRows done{kept[0], kept[1], kept[2], Walk::kv_head_of(p), group_of(p)};
   float inverse = 0.0f;
   T* out = nullptr;
   rows.for_each_output(
@@ -132,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int kCols>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     prefill_plain(const __grid_constant__ AttentionPrefillParams p) {
   PrefillWalk<kPlainKeys, kPlainRows> walk(p);
   if (walk.num_rows <= 0) return;
