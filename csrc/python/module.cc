@@ -169,7 +169,7 @@ PYBIND11_MODULE(_core, m) {
 
   // Recording: between start_recording and stop_recording this thread's ops are checked and kept
   // instead of run.
-  py::class_<Stop>(m, "Stop").def(py::init<>()).def("set", &Stop::set);
+  py::class_<Stop>(m, "Stop", py::module_local()).def(py::init<>()).def("set", &Stop::set);
   py::class_<Program>(m, "Program", py::module_local())
       .def(
           "run",
