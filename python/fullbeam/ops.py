@@ -613,6 +613,7 @@ def beam_step(
     bias_starts: Array | None = None,
     bias_ids: Array | None = None,
     bias_values: Array | None = None,
+    max_beam: int | None = None,
 ) -> BeamStep:
     """Extend the live hypotheses (beams) of several searches by one token, group by group.
 
@@ -637,7 +638,7 @@ def beam_step(
     request_starts : int32 [num_requests + 1]
         Request r has the groups request_starts[r]:request_starts[r + 1], in order.
     beam_sizes : int32 [num_groups], at least 1
-        Most hypotheses that a group keeps live; max_beam is the largest.
+        Most hypotheses that a group keeps live.
     diversity_strengths : float32 [num_requests], at least 0
     allowed : uint32 [num_allowed, ceil(vocab_size / 32)]
         Token masks: bit i of word w is token 32 w + i. Applied after log-softmax.
@@ -650,6 +651,8 @@ def beam_step(
     bias_ids : int32 [num_biases]
     bias_values : float32 [num_biases]
         Added to the beam's logits, before log-softmax; -inf bans a token.
+    max_beam : at least the largest of beam_sizes
+        Width of the results; the largest itself unless given.
 
     Returns
     -------
@@ -659,10 +662,12 @@ def beam_step(
 
     Notes
     -----
-    A request's results are the same bits whatever other requests are in the call. The
-    largest of beam_sizes is read, which on CUDA waits for the device.
+    A request's results are the same bits whatever other requests are in the call. Without
+    ``max_beam``, beam_sizes are read, which on CUDA waits for the device.
     """
-    shape = (group_starts.shape[0] - 1, max([1, *beam_sizes.tolist()]))
+    if max_beam is None:
+        max_beam = max([1, *beam_sizes.tolist()])
+    shape = (group_starts.shape[0] - 1, max_beam)
 
     def results() -> tuple[Array, ...]:
         return (
