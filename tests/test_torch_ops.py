@@ -19,6 +19,8 @@ from sample_helpers import edits, params
 
 torch = pytest.importorskip("torch")
 
+from torch._subclasses import FakeTensorMode  # noqa: E402
+
 from fullbeam import torch_ops  # noqa: E402
 
 RNG = np.random.default_rng(7)
@@ -174,6 +176,37 @@ def test_a_decode_step_compiles_as_one_graph() -> None:
 
     compiled = torch.compile(decode_step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(compiled), run(decode_step), rtol=0, atol=0, equal_nan=True)
+
+
+def test_ops_take_tensors_as_they_lie_in_memory() -> None:
+    memory = torch.arange(64, dtype=torch.float32).view(4, 16)
+    x, weight, out = memory[::2, 3:11], torch.ones(11)[3:], torch.zeros(2, 16)
+    ops.rms_norm(x, weight, out=out[:, 8:])
+    np.testing.assert_array_equal(out[:, 8:], ops.rms_norm(x.numpy(), weight.numpy()))
+    assert not out[:, :8].any()
+
+
+def fake() -> Any:
+    with FakeTensorMode():
+        return torch.ones(1, 16)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: torch.nn.Parameter(torch.ones(1, 16)), BufferError, "require gradient"),
+        (lambda: torch.ones(1, 16).to_sparse(), BufferError, "layout other than torch.strided"),
+        (lambda: torch.ones(1, 16, dtype=torch.complex64), TypeError, "^array: dtype must be"),
+        (lambda: torch.ones(1, 1, 1, 1, 16), ValueError, "^array: dimensions must be at most 4"),
+        (fake, TypeError, "^array: must have memory"),
+    ],
+)
+def test_ops_refuse_tensors_without_plain_memory(
+    make: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    x, weight, out = make(), torch.ones(16), torch.zeros(1, 16)
+    with pytest.raises(error, match=message):
+        ops.rms_norm(x, weight, out=out)
 
 
 def test_sample_refuses_num_top_without_max_top() -> None:

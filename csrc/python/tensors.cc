@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <string>
+#include <unordered_map>
+#include <utility>
 
 #include "core/check.h"
 #include "core/dispatch.h"
@@ -34,6 +36,15 @@ struct DlManagedTensor {
   DlTensor tensor;
   void* context;
   void (*deleter)(DlManagedTensor*);
+};
+// What a type offers at __dlpack_c_exchange_api__ from version 1.3 on; `view` borrows all from the
+// array, and may be null.
+struct DlExchangeApi {
+  std::uint32_t major, minor;
+  const void* previous;
+  void *allocate, *export_array, *import_array;
+  int (*view)(void* array, DlTensor* out);
+  int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** out);
 };
 constexpr int kDlCpu = 1, kDlCuda = 2, kDlCudaHost = 3;
 constexpr int kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBFloat = 4;
@@ -102,18 +113,30 @@ void from_numpy(py::handle source, TensorView& view) {
   }
 }
 
-void from_dlpack(py::handle source, TensorView& view, py::object& owner) {
-  // The producer must not wait: CUDA ops go to its own current stream (torch's), or it has the
-  // default stream, number 1 of the protocol, wait for its work.
-  const bool is_cuda =
-      source.attr("__dlpack_device__")().cast<std::pair<int, int>>().first == kDlCuda;
-  const bool is_torch = is_cuda && py::hasattr(source, "is_cuda");
-  const py::object capsule = is_cuda
-                                 ? source.attr("__dlpack__")(py::arg("stream") = is_torch ? -1 : 1)
-                                 : source.attr("__dlpack__")();
-  auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-  if (managed == nullptr) throw py::error_already_set();
-  const DlTensor& t = managed->tensor;
+// What is the same for all arrays of a type; the interpreter's lock guards the table.
+struct ArrayType {
+  const DlExchangeApi* api;  // null: only the protocol's Python methods
+  bool is_torch;
+};
+
+const ArrayType& type_of(py::handle source) {
+  static auto* known = new std::unordered_map<PyObject*, ArrayType>;  // never freed
+  const py::handle type = py::type::handle_of(source);
+  const auto found = known->find(type.ptr());
+  if (found != known->end()) return found->second;
+  ArrayType entry{nullptr, py::hasattr(type, "is_cuda")};
+  if (py::hasattr(type, "__dlpack_c_exchange_api__")) {
+    const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+    void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    if (api == nullptr) throw py::error_already_set();
+    entry.api = static_cast<const DlExchangeApi*>(api);
+    if (entry.api->major != 1 || entry.api->view == nullptr) entry.api = nullptr;
+  }
+  type.inc_ref();  // its address stays its own
+  return known->emplace(type.ptr(), entry).first->second;
+}
+
+void from_dltensor(const DlTensor& t, bool is_torch, TensorView& view) {
   const int device = t.device.type;
   if (device != kDlCpu && device != kDlCuda && device != kDlCudaHost) {
     throw TypeError("array: device must be a CPU or a CUDA device, got DLPack device type " +
@@ -124,7 +147,7 @@ void from_dlpack(py::handle source, TensorView& view, py::object& owner) {
   view.dtype = parse_dtype(t.dtype.code, t.dtype.bits);
   view.device = device == kDlCuda ? Device::cuda : kHostDevice;
   view.device_idx = device == kDlCuda ? t.device.id : 0;
-  if (is_cuda) call_device = {true, is_torch, t.device.id};
+  if (device == kDlCuda) call_device = {true, is_torch, t.device.id};
   view.is_writable = true;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   set_dims(view, t.num_dims);
@@ -134,6 +157,37 @@ void from_dlpack(py::handle source, TensorView& view, py::object& owner) {
     view.strides[i] = t.strides == nullptr ? dense : t.strides[i];
     dense *= t.shape[i];
   }
+  if (t.data == nullptr && dense != 0)
+    throw TypeError("array: must have memory, got none, as a fake tensor has");
+}
+
+// Fast, but without the protocol's checks: false for an array that needs them. So far a CPU tensor
+// of torch that has no gradient passes.
+bool from_exchange_api(py::handle source, const ArrayType& type, TensorView& view) {
+  if (type.api == nullptr || !type.is_torch) return false;
+  static auto* requires_grad = new py::str("requires_grad");  // never freed
+  if (source.attr(*requires_grad).ptr() == Py_True) return false;
+  DlTensor t;
+  if (type.api->view(source.ptr(), &t) != 0) {
+    PyErr_Clear();  // the protocol says it better
+    return false;
+  }
+  if (t.device.type != kDlCpu) return false;
+  from_dltensor(t, type.is_torch, view);
+  return true;
+}
+
+void from_dlpack(py::handle source, const ArrayType& type, TensorView& view, py::object& owner) {
+  // The producer must not wait: CUDA ops go to its own current stream (torch's), or it has the
+  // default stream, number 1 of the protocol, wait for its work.
+  const bool is_cuda =
+      source.attr("__dlpack_device__")().cast<std::pair<int, int>>().first == kDlCuda;
+  const py::object capsule =
+      is_cuda ? source.attr("__dlpack__")(py::arg("stream") = type.is_torch ? -1 : 1)
+              : source.attr("__dlpack__")();
+  auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+  if (managed == nullptr) throw py::error_already_set();
+  from_dltensor(managed->tensor, type.is_torch, view);
   owner = capsule;  // an unconsumed capsule frees the tensor itself when it goes
 }
 
@@ -143,8 +197,13 @@ void view_of(py::handle source, TensorView& view, py::object& owner) {
   if (py::isinstance<py::array>(source)) {
     from_numpy(source, view);
     owner = py::reinterpret_borrow<py::object>(source);
+    return;
+  }
+  const ArrayType& type = type_of(source);
+  if (from_exchange_api(source, type, view)) {
+    owner = py::reinterpret_borrow<py::object>(source);
   } else if (py::hasattr(source, "__dlpack__")) {
-    from_dlpack(source, view, owner);
+    from_dlpack(source, type, view, owner);
   } else {
     throw TypeError("array: must be a numpy array or support __dlpack__, got " +
                     std::string(py::str(py::type::of(source).attr("__name__"))));

@@ -56,7 +56,11 @@ def _new(like: Array, shape: tuple[int, ...], dtype: str = "float32") -> Array:
 
 def _new_activation(like: Array, shape: tuple[int, ...]) -> Array:
     """Of the dtype of `like` too."""
-    return _new(like, shape, str(like.dtype).removeprefix("torch."))
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, like.dtype)
+    if hasattr(like, "new_empty"):  # torch
+        return like.new_empty(shape)
+    return np.empty(shape, str(like.dtype))
 
 
 def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWeight:
