@@ -15,9 +15,10 @@ if(CMAKE_CUDA_COMPILER)
   target_compile_features(cuda_kernels PRIVATE cuda_std_20)
   # -fmad=false: products and sums are contracted only where the source says fma, as on the CPU.
   # Constexpr functions of csrc/core serve host and device.
-  target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr
+  target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr -Xptxas=-v
     -Xcompiler=-fvisibility=hidden,-Wall)
-  set_target_properties(cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
+  set_target_properties(cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON
+    CUDA_COMPILER_LAUNCHER "${CMAKE_SOURCE_DIR}/third_party/keep_ptxas_report.sh;${CMAKE_CUDA_COMPILER_LAUNCHER}")
   # The runtime inside the module, the driver found at run time: it imports where there is none.
   target_link_libraries(cuda_kernels PRIVATE CUDA::cudart_static)
   target_sources(_core PRIVATE $<TARGET_OBJECTS:cuda_kernels>)
