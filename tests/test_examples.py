@@ -35,6 +35,15 @@ def test_example_runs(name: str) -> None:
     assert "Once upon a time" in run(str(EXAMPLES / name)) or name != "embed.py"
 
 
+def test_torch_loop_answers_the_same_however_many_rows_it_decodes() -> None:
+    pytest.importorskip("torch")
+    alone, together = (
+        sorted(run(str(EXAMPLES / "torch_loop.py"), rows).splitlines()) for rows in ("1", "8")
+    )
+    assert alone == together
+    assert len(alone) == 8
+
+
 def test_client_example_completes_against_a_server() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,5 +67,5 @@ def test_client_example_completes_against_a_server() -> None:
 
 def test_every_example_is_short_and_run_here() -> None:
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert names == ["client.py", "complete.py", "embed.py"]
-    assert all(len((EXAMPLES / name).read_text().splitlines()) < 40 for name in names)
+    assert names == ["client.py", "complete.py", "embed.py", "torch_loop.py"]
+    assert all(len((EXAMPLES / name).read_text().splitlines()) < 60 for name in names)
