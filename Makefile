@@ -1,7 +1,7 @@
 # What people and CI call. `make build test` in a virtual environment is the whole workflow.
 .PHONY: build test test-asan test-avx512 bench format check stubs clean
 PYTHON ?= python
-SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh tests/emulate/*.h tests/emulate/*.cc tests/emulate/*/*.cuh)
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cc csrc/*/*.cu csrc/*/*.cuh tests/emulate/*.h tests/emulate/*.cc tests/emulate/*/*.cuh examples/cpp/*.cc)
 
 build:  ## install the package with everything that tests and checks need
 	$(PYTHON) -m pip install ".[gemma,test,dev]"

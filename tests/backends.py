@@ -37,9 +37,9 @@ CUDA = ["emulated", *(["cuda"] if has_gpu() else [])]
 CUDA_OLD_AND_NEW = ["emulated_sm80", *CUDA]
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    assert found is not None, f"the emulated CUDA kernels are built with {name}: pip install {name}"
+    assert found is not None, f"the tests build C++ with {name}: pip install {name}"
     return found
 
 
@@ -53,7 +53,7 @@ def emulated_core() -> Any:
     options = [
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
         f"-DFULLBEAM_SANITIZE={'ON' if sanitized else 'OFF'}",
     ]
     if shutil.which("ccache"):
@@ -61,8 +61,8 @@ def emulated_core() -> Any:
     env = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
     source = ROOT / "tests" / "emulate"
     for command in (
-        [_tool("cmake"), "-S", str(source), "-B", str(build), "-G", "Ninja", *options],
-        [_tool("cmake"), "--build", str(build)],
+        [tool("cmake"), "-S", str(source), "-B", str(build), "-G", "Ninja", *options],
+        [tool("cmake"), "--build", str(build)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr}"

@@ -58,7 +58,9 @@ def test_every_cuda_twin_is_there_or_still_to_come() -> None:
 
 
 def test_ops_h_declares_every_op() -> None:
-    declared = re.findall(r"^void (\w+)\(", (ROOT / "csrc/ops/ops.h").read_text(), re.MULTILINE)
+    declared = re.findall(
+        r"^FULLBEAM_API void (\w+)\(", (ROOT / "csrc/ops/ops.h").read_text(), re.MULTILINE
+    )
     assert set(declared) == OPS
 
 

@@ -19,11 +19,11 @@ if(CMAKE_CUDA_COMPILER)
     -Xcompiler=-fvisibility=hidden,-Wall)
   set_target_properties(cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON
     CUDA_COMPILER_LAUNCHER "${CMAKE_SOURCE_DIR}/third_party/keep_ptxas_report.sh;${CMAKE_CUDA_COMPILER_LAUNCHER}")
-  # The runtime inside the module, the driver found at run time: it imports where there is none.
+  # The runtime inside the library, the driver found at run time: it imports where there is none.
   target_link_libraries(cuda_kernels PRIVATE CUDA::cudart_static)
-  target_sources(_core PRIVATE $<TARGET_OBJECTS:cuda_kernels>)
-  target_link_libraries(_core PRIVATE CUDA::cudart_static)
-  target_compile_definitions(_core PRIVATE FULLBEAM_WITH_CUDA=1)
+  target_sources(fullbeam PRIVATE $<TARGET_OBJECTS:cuda_kernels>)
+  target_link_libraries(fullbeam PRIVATE CUDA::cudart_static)
+  target_compile_definitions(fullbeam PUBLIC $<BUILD_INTERFACE:FULLBEAM_WITH_CUDA=1>)
   list(JOIN CMAKE_CUDA_ARCHITECTURES " " cuda_archs)
   set(cuda_state "${CMAKE_CUDA_COMPILER_VERSION} for sm_${cuda_archs}")
 elseif(FULLBEAM_CUDA STREQUAL "ON")

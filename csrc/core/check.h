@@ -6,13 +6,10 @@
 #include <utility>
 #include <vector>
 
+#include "core/errors.h"
 #include "core/tensor.h"
 
 namespace fullbeam {
-
-struct TypeError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 
 // A size of a tensor in a check: a name that is bound by the first tensor that has it and compared
 // in the rest, or a fixed number.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include <stdexcept>
 #include <string>
 
+#include "core/errors.h"
 #include "core/op.h"
 #include "core/program.h"
 #include "core/tensor.h"
@@ -44,10 +44,6 @@ inline std::string why_no_cuda_device() { return cuda::why_no_device(); }
 inline int num_cuda_devices() { return 0; }
 inline std::string why_no_cuda_device() { return "fullbeam was built without CUDA"; }
 #endif
-
-struct NotImplemented : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 
 inline void require_cpu(const char* op, Device device) {
   if (device != Device::cpu) {

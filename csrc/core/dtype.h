@@ -4,6 +4,8 @@
 
 namespace fullbeam {
 
+enum class Device : std::int32_t { cpu, cuda };
+
 enum class DType : std::int32_t { f32, f16, bf16, f64, i32, i64, u32, u64, u8 };
 
 constexpr std::int64_t size_of(DType dtype) {

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/api.h"
 #include "core/weight.h"
 
 namespace fullbeam {
@@ -26,7 +27,7 @@ struct WeightPart {
 // their own types, so that query, key and value projections, or gate and up, are one product.
 class PackedWeight {
  public:
-  explicit PackedWeight(const std::vector<WeightPart>& parts);
+  FULLBEAM_API explicit PackedWeight(const std::vector<WeightPart>& parts);
 
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
@@ -49,15 +50,15 @@ class PackedWeight {
 // `spare_bytes` are left until `wait` is called: memory that the caller needs meanwhile.
 class Packing {
  public:
-  Packing(int num_threads, std::int64_t spare_bytes);
-  ~Packing();  // leaves what is not packed yet
+  FULLBEAM_API Packing(int num_threads, std::int64_t spare_bytes);
+  FULLBEAM_API ~Packing();  // leaves what is not packed yet
   Packing(const Packing&) = delete;
   Packing& operator=(const Packing&) = delete;
 
   // `release`: the parts lie in a mapped file, whose pages are dropped once they are packed.
-  PackedWeight add(const std::vector<WeightPart>& parts, bool release);
+  FULLBEAM_API PackedWeight add(const std::vector<WeightPart>& parts, bool release);
   // Lends a hand for some time; whether all is done.
-  bool wait(double seconds);
+  FULLBEAM_API bool wait(double seconds);
   std::int64_t packed_bytes() const { return packed_bytes_.load(std::memory_order_relaxed); }
 
  private:
@@ -83,7 +84,7 @@ class Packing {
 };
 
 WeightType parse_weight_type(const char* op, const std::string& name);
-const char* name_of(WeightType type);
+FULLBEAM_API const char* name_of(WeightType type);
 // Bytes of one row of `cols` columns in a GGUF file; -1 where cols is no multiple of the type's
 // block.
 std::int64_t row_bytes(WeightType type, std::int64_t cols);

@@ -2,13 +2,15 @@
 #pragma once
 #include <cstdint>
 
+#include "core/api.h"
+
 namespace fullbeam {
 
 // How many threads the calling thread's ops use, itself included. Default: the number of physical
 // cores.
-int num_threads();
-void set_num_threads(int count);
-int num_physical_cores();
+FULLBEAM_API int num_threads();
+FULLBEAM_API void set_num_threads(int count);
+FULLBEAM_API int num_physical_cores();
 
 // Runs body(context, thread_idx) once on each of num_threads() threads, the caller being thread 0,
 // and returns when all have. Workers wait for the next region by spinning for a few tens of

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/api.h"
 #include "core/stream.h"
 
 namespace fullbeam {
@@ -38,7 +39,7 @@ class Program {
   std::size_t size() const { return calls_.size(); }
 
   // The program that this thread is recording, or null.
-  static Program*& recording();
+  FULLBEAM_API static Program*& recording();
 
  private:
   std::vector<std::function<void()>> calls_;

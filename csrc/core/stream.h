@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include "core/api.h"
 
 namespace fullbeam {
 
@@ -9,9 +10,6 @@ struct Stream {
   int device_idx = 0;
 };
 
-inline Stream& current_stream() {
-  thread_local Stream stream;
-  return stream;
-}
+FULLBEAM_API Stream& current_stream();
 
 }  // namespace fullbeam

@@ -2,12 +2,11 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 
 #include "core/dtype.h"
 
 namespace fullbeam {
-
-enum class Device : std::int32_t { cpu, cuda };
 
 // A view of somebody else's memory. Strides are in elements.
 struct TensorView {
@@ -21,5 +20,19 @@ struct TensorView {
   std::array<std::int64_t, kMaxDims> shape{};
   std::array<std::int64_t, kMaxDims> strides{};
 };
+
+// A dense array in the host's memory.
+inline TensorView dense_view(void* data, DType dtype, std::initializer_list<std::int64_t> shape) {
+  TensorView view;
+  view.data = data;
+  view.dtype = dtype;
+  for (const std::int64_t size : shape) view.shape.at(view.num_dims++) = size;
+  std::int64_t stride = 1;
+  for (int i = view.num_dims - 1; i >= 0; --i) {
+    view.strides[i] = stride;
+    stride *= view.shape[i];
+  }
+  return view;
+}
 
 }  // namespace fullbeam

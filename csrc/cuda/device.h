@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <string>
 
+#include "core/api.h"
+
 namespace fullbeam::cuda {
 
 struct DeviceInfo {
@@ -23,8 +25,8 @@ void* workspace(std::int64_t num_bytes);
 unsigned* counters(std::int64_t count);
 
 // Devices that can be used, and why there are none: "" or the driver's words.
-int num_devices();
-std::string why_no_device();
+FULLBEAM_API int num_devices();
+FULLBEAM_API std::string why_no_device();
 
 // Throws std::runtime_error with the call, its place and CUDA's words.
 void check_call(int error, const char* call, const char* file, int line);

@@ -22,7 +22,11 @@ void activation(const Tensor& x, const Tensor& out, const std::string& activatio
   p.size = check.size("size");
   p.x_stride = x.strides[0];
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH(activation, x.device, p);
+  run(p, x.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const ActivationParams& params, Device device) {
+  FULLBEAM_DISPATCH(activation, device, params);
+}

@@ -83,7 +83,11 @@ void attention_decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pa
                   std::to_string(p.num_tokens));
   }
   if (q.device == Device::cpu && Program::recording() == nullptr) check_data(check, p);
-  FULLBEAM_DISPATCH(attention_decode, q.device, p);
+  run(p, q.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const AttentionDecodeParams& params, Device device) {
+  FULLBEAM_DISPATCH(attention_decode, device, params);
+}

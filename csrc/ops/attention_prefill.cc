@@ -19,7 +19,11 @@ void attention_prefill(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
     for (std::int64_t s = 0; s < p.num_seqs; ++s)
       check_seq_len(check, p, s, p.query_starts[s + 1] - p.query_starts[s]);
   }
-  FULLBEAM_DISPATCH(attention_prefill, q.device, p);
+  run(p, q.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const AttentionPrefillParams& params, Device device) {
+  FULLBEAM_DISPATCH(attention_prefill, device, params);
+}

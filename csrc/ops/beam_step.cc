@@ -103,7 +103,11 @@ void beam_step(const Tensor& logits, const Tensor& beam_rows, const Tensor& sums
   p.beam_sizes = static_cast<const std::int32_t*>(beam_sizes.data);
   p.diversity_strengths = static_cast<const float*>(diversity_strengths.data);
   if (logits.device == Device::cpu && Program::recording() == nullptr) check_data(check, p);
-  FULLBEAM_DISPATCH(beam_step, logits.device, p);
+  run(p, logits.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const BeamStepParams& params, Device device) {
+  FULLBEAM_DISPATCH(beam_step, device, params);
+}

@@ -23,7 +23,11 @@ void dequantise(const Tensor& data, const std::string& type, const Tensor& out) 
   p.out = out.data;
   p.dtype = out.dtype;
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH(dequantise, data.device, p);
+  run(p, data.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const DequantiseParams& params, Device device) {
+  FULLBEAM_DISPATCH(dequantise, device, params);
+}

@@ -42,7 +42,11 @@ void embedding(const Tensor& token_ids, const Table& table, const MaybeTensor& r
   p.scale = scale;
   p.num_tokens = check.size("num_tokens");
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH(embedding, token_ids.device, p);
+  run(p, token_ids.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const EmbeddingParams& params, Device device) {
+  FULLBEAM_DISPATCH(embedding, device, params);
+}

@@ -22,7 +22,11 @@ void gated_activation(const TensorView& x, const TensorView& out, const std::str
   p.size = check.size("size");
   p.x_stride = x.strides[0];
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH(gated_activation, x.device, p);
+  run(p, x.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const GatedActivationParams& params, Device device) {
+  FULLBEAM_DISPATCH(gated_activation, device, params);
+}

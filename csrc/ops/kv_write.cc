@@ -45,7 +45,11 @@ void kv_write(const TensorView& k, const TensorView& v, const TensorView& k_page
                     std::to_string(p.slots[token]));
     }
   }
-  FULLBEAM_DISPATCH(kv_write, k.device, p);
+  run(p, k.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const KvWriteParams& params, Device device) {
+  FULLBEAM_DISPATCH(kv_write, device, params);
+}

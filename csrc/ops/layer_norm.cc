@@ -27,7 +27,11 @@ void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const
   p.size = check.size("size");
   p.x_stride = x.strides[0];
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH(layer_norm, x.device, p);
+  run(p, x.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const LayerNormParams& params, Device device) {
+  FULLBEAM_DISPATCH(layer_norm, device, params);
+}

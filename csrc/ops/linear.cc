@@ -33,7 +33,11 @@ void linear(const Tensor& x, const PackedWeight& weight, const MaybeTensor& bias
   p.num_panels = weight.num_panels();
   p.x_stride = x.strides[0];
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH_CPU(linear, x.device, p);
+  run(p, x.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const LinearParams& params, Device device) {
+  FULLBEAM_DISPATCH_CPU(linear, device, params);
+}

@@ -43,7 +43,11 @@ void logprobs(const TensorView& logits, const TensorView& token_ids, const Tenso
                     std::to_string(p.token_ids[row]));
     }
   }
-  FULLBEAM_DISPATCH(logprobs, logits.device, p);
+  run(p, logits.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const LogprobsParams& params, Device device) {
+  FULLBEAM_DISPATCH(logprobs, device, params);
+}

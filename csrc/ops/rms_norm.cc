@@ -38,7 +38,11 @@ void rms_norm(const TensorView& x, const TensorView& weight,
   p.x_head_stride = x3.strides[1];
   p.out_stride = out3.strides[0];
   p.out_head_stride = out3.strides[1];
-  FULLBEAM_DISPATCH(rms_norm, x.device, p);
+  run(p, x.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const RmsNormParams& params, Device device) {
+  FULLBEAM_DISPATCH(rms_norm, device, params);
+}

@@ -35,7 +35,11 @@ void rope(const TensorView& x, const TensorView& positions, const TensorView& in
   p.head_dim = head_dim;
   p.token_stride = x3.strides[0];
   p.head_stride = x3.strides[1];
-  FULLBEAM_DISPATCH(rope, x.device, p);
+  run(p, x.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const RopeParams& params, Device device) {
+  FULLBEAM_DISPATCH(rope, device, params);
+}

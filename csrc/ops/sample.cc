@@ -138,7 +138,11 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k
   check.require(p.max_top <= p.vocab_size, "num_top",
                 "at most vocab_size=" + std::to_string(p.vocab_size), std::to_string(p.max_top));
   if (logits.device == Device::cpu && Program::recording() == nullptr) check_data(check, p);
-  FULLBEAM_DISPATCH(sample, logits.device, p);
+  run(p, logits.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const SampleParams& params, Device device) {
+  FULLBEAM_DISPATCH(sample, device, params);
+}

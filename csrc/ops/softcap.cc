@@ -24,7 +24,11 @@ void softcap(const Tensor& x, const Tensor& out, float cap) {
   p.size = check.size("size");
   p.x_stride = x.strides[0];
   p.out_stride = out.strides[0];
-  FULLBEAM_DISPATCH(softcap, x.device, p);
+  run(p, x.device);
 }
 
 }  // namespace fullbeam::ops
+
+void fullbeam::run(const SoftcapParams& params, Device device) {
+  FULLBEAM_DISPATCH(softcap, device, params);
+}

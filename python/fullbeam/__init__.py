@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fullbeam import ops
     from fullbeam.engine.engine import Engine
     from fullbeam.engine.text import Piece, RankedLogprob
+    from fullbeam.headers import cmake_dir, include_dir, library_dir
     from fullbeam.model import Model, load
     from fullbeam.params import CompletionParams
     from fullbeam.results import Choice, Completion, Score, Usage
@@ -27,6 +28,9 @@ __all__ = [
     "Score",
     "Usage",
     "__version__",
+    "cmake_dir",
+    "include_dir",
+    "library_dir",
     "load",
     "ops",
 ]
@@ -41,6 +45,9 @@ _HOMES = {
     "RankedLogprob": "fullbeam.engine.text",
     "Score": "fullbeam.results",
     "Usage": "fullbeam.results",
+    "cmake_dir": "fullbeam.headers",
+    "include_dir": "fullbeam.headers",
+    "library_dir": "fullbeam.headers",
     "load": "fullbeam.model",
 }
 

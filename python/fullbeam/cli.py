@@ -71,8 +71,28 @@ class Command(click.Command):
             raise kind(text or type(error).__name__) from error
 
 
+def _show_cmake_dir(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
+    if not is_wanted or ctx.resilient_parsing:
+        return
+    from fullbeam.headers import cmake_dir
+
+    try:
+        click.echo(cmake_dir())
+    except FileNotFoundError as error:
+        raise click.ClickException(str(error)) from None
+    ctx.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="fullbeam", message="%(prog)s %(version)s")
+@click.option(
+    "--cmakedir",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_cmake_dir,
+    help="Show the folder of fullbeamConfig.cmake and exit.",
+)
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Complete text and code on this machine."""
