@@ -21,6 +21,7 @@ from fullbeam.models import open_model
 from tiny_models import Tiny
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = str(Path(bench.__file__).parents[1])  # installed, or of the tree
 SERVER = """
 import http.server, sys, time
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -143,7 +144,7 @@ def test_peers_compares_warns_and_leaves_out(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake_runtimes(monkeypatch, tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "python"))
+    monkeypatch.setenv("PYTHONPATH", PACKAGES)
     file = tmp_path / "out.jsonl"
     words = ["--rounds", "2", "--threads", "1", "--peers", "llama.cpp,ctranslate2"]
     rows = ["decode-2", "prompt-512", "beam-4", "groups-4x2"]
@@ -168,7 +169,7 @@ def test_peers_compares_warns_and_leaves_out(
 
 def end_by_sigterm(command: list[str], is_under_way: Any) -> tuple[float, int]:
     """Return the seconds that a process takes to end, and its status."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    environment = os.environ | {"PYTHONPATH": PACKAGES}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 60
         while not is_under_way() and process.poll() is None and time.monotonic() < until:
