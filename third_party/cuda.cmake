@@ -17,8 +17,9 @@ if(CMAKE_CUDA_COMPILER)
   # Constexpr functions of csrc/core serve host and device.
   target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr -Xptxas=-v
     -Xcompiler=-fvisibility=hidden,-Wall)
+  set(launcher ${CMAKE_SOURCE_DIR}/third_party/keep_ptxas_report.sh ${CMAKE_CUDA_COMPILER_LAUNCHER})
   set_target_properties(cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON
-    CUDA_COMPILER_LAUNCHER "${CMAKE_SOURCE_DIR}/third_party/keep_ptxas_report.sh;${CMAKE_CUDA_COMPILER_LAUNCHER}")
+    CUDA_COMPILER_LAUNCHER "${launcher}")
   # The runtime inside the library, the driver found at run time: it imports where there is none.
   target_link_libraries(cuda_kernels PRIVATE CUDA::cudart_static)
   target_sources(fullbeam PRIVATE $<TARGET_OBJECTS:cuda_kernels>)
