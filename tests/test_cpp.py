@@ -12,11 +12,12 @@ import pytest
 
 import fullbeam
 from backends import tool
+from fullbeam import headers
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _is_installed() -> None:
     if Path(fullbeam.__file__).is_relative_to(ROOT / "python"):
         pytest.skip("fullbeam is imported from the source tree: pip install . to test its headers")
@@ -28,6 +29,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.usefixtures("_is_installed")
 def test_example_builds_and_runs(tmp_path: Path) -> None:
     found = run(sys.executable, "-m", "fullbeam", "--cmakedir").strip()
     assert found == fullbeam.cmake_dir()
@@ -41,14 +43,15 @@ def test_example_builds_and_runs(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("_is_installed")
 def test_every_header_stands_alone_and_needs_no_folder_of_ours(tmp_path: Path) -> None:
     """Compiled in C++17, with warnings, with nothing of fullbeam before it."""
     folder = Path(fullbeam.include_dir())
-    headers = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.h"))
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.h"))
     ops = {path.stem for path in (ROOT / "csrc/cpu").glob("*.cc")}
-    assert {f"fullbeam/ops/{op}.h" for op in ops} <= set(headers)
+    assert {f"fullbeam/ops/{op}.h" for op in ops} <= set(found)
     sources = []
-    for idx, header in enumerate(headers):
+    for idx, header in enumerate(found):
         sources.append(tmp_path / f"{idx}.cc")
         sources[-1].write_text(f'#include "{header}"\n')
     compiler = shutil.which("c++")
@@ -57,6 +60,7 @@ def test_every_header_stands_alone_and_needs_no_folder_of_ours(tmp_path: Path) -
     run(compiler, *flags, f"-I{folder}", *map(str, sources))
 
 
+@pytest.mark.usefixtures("_is_installed")
 def test_library_exports_the_api_and_nothing_else() -> None:
     """Kernels stay hidden, and so does CUDA's runtime; weak symbols are the compiler's own."""
     nm = shutil.which("nm")
@@ -72,3 +76,9 @@ def test_library_exports_the_api_and_nothing_else() -> None:
     assert not others, f"exported, but not fullbeam's: {others}"
     kernels = [name for name in names if "fullbeam::cpu::" in name]
     assert not kernels, f"kernels must be hidden: {kernels}"
+
+
+def test_a_source_tree_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headers, "__file__", str(tmp_path / "headers.py"))
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/lib must be there.*pip install"):
+        headers.library_dir()
