@@ -22,6 +22,8 @@ if(CMAKE_CUDA_COMPILER)
     CUDA_COMPILER_LAUNCHER "${launcher}")
   # The runtime inside the library, the driver found at run time: it imports where there is none.
   target_link_libraries(cuda_kernels PRIVATE CUDA::cudart_static)
+  # The library was made before the language was there, and has no default of it.
+  set_target_properties(fullbeam PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
   target_sources(fullbeam PRIVATE $<TARGET_OBJECTS:cuda_kernels>)
   target_link_libraries(fullbeam PRIVATE CUDA::cudart_static)
   target_compile_definitions(fullbeam PUBLIC $<BUILD_INTERFACE:FULLBEAM_WITH_CUDA=1>)
