@@ -71,7 +71,7 @@ class TimedDecoder(Decoder):
             for name in ("qkv", "attention_out", "up", "down"):
                 self._names[id(getattr(layer, name).weight)] = name
 
-    def _run(self, shape: Any, record: Callable[[], None]) -> None:
+    def _run(self, shape: Any, record: Callable[[], None], stop: _core.Stop | None) -> None:
         programs: Any = self._programs  # of calls instead of one program each
         calls = programs.get(shape)
         if calls is None:
@@ -84,7 +84,7 @@ class TimedDecoder(Decoder):
                 module.ops = ops
         for title, program, num_bytes, num_ops in calls:
             begin = time.perf_counter()
-            program.run()
+            program.run(stop)
             spent = self.spent.setdefault(title, [0, 0.0, 0, 0])
             for idx, value in enumerate((1, time.perf_counter() - begin, num_bytes, num_ops)):
                 spent[idx] += value
