@@ -20,7 +20,7 @@ constexpr std::int64_t kBlockTokens = 64;    // their sums (4 KiB) stay in L1 be
 constexpr std::int64_t kQuantiseTokens = 8;  // a divisor of kBlockTokens
 // Bytes of weights from use to prefetch, into L2: L1 has too few misses in flight to keep the
 // memory busy while products run. Measured on Zen 4 (weights in memory, 2 threads), time against
-// no prefetch: 0.75-0.86 at 1 token and 0.50-0.71 at 8; into L1 0.84-0.96 and 0.62-0.74.
+// no prefetch: 0.75-0.88 at 1 token and 0.50-0.71 at 8; into L1 0.84-0.96 and 0.62-0.74.
 constexpr std::int64_t kAhead = 8192;
 
 // Quantised activations, by blocks of kBlockTokens tokens and, inside a block, by tiles: what a
