@@ -24,7 +24,12 @@ import numpy as np
 from fullbeam import _core
 
 CPU = _core.available_isas()
-EMULATED = {"emulated": (9, 0), "emulated_sm80": (8, 0)}  # compute capability
+# Compute capability, multiprocessors, shared memory that a block may have.
+EMULATED = {
+    "emulated": (9, 0, 4, 227 << 10),
+    "emulated_sm80": (8, 0, 4, 163 << 10),
+    "emulated_sm120": (12, 0, 4, 99 << 10),
+}
 ROOT = Path(__file__).parent.parent
 
 
@@ -33,7 +38,7 @@ def has_gpu() -> bool:
 
 
 CUDA = ["emulated", *(["cuda"] if has_gpu() else [])]
-# For ops that have other kernels where the device is older than Hopper.
+# For ops that have other kernels where the device isn't a Hopper one.
 CUDA_OLD_AND_NEW = ["emulated_sm80", *CUDA]
 
 
@@ -43,18 +48,22 @@ def tool(name: str) -> str:
     return found
 
 
+def is_sanitized() -> bool:
+    """Whether this process runs under the address sanitizer (`make test-asan`)."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
 @functools.cache
 def emulated_core() -> Any:
     """The native module with emulated CUDA kernels, built at the first call."""
     import pybind11
 
-    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
-    build = ROOT / "build" / ("emulate-asan" if sanitized else "emulate")
+    build = ROOT / "build" / ("emulate-asan" if is_sanitized() else "emulate")
     options = [
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-        f"-DFULLBEAM_SANITIZE={'ON' if sanitized else 'OFF'}",
+        f"-DFULLBEAM_SANITIZE={'ON' if is_sanitized() else 'OFF'}",
     ]
     if shutil.which("ccache"):
         options.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")

@@ -70,7 +70,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         core = backends.emulated_core()
         seed = request.config.getoption("--emulate-seed")
         core.emulate_set_seed(seed, zlib.crc32(request.node.nodeid.encode()))
-        core.emulate_set_device(*backends.EMULATED[request.param], 4)
+        core.emulate_set_device(*backends.EMULATED[request.param])
         monkeypatch.setattr(ops, "_core", core)
     elif request.param == "cuda":
         monkeypatch.setattr(ops, "_core", backends.OnDevice())

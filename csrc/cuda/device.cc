@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -23,12 +24,39 @@ struct StreamMemory {
   Memory workspace, counters;
 };
 
+// What the current thread asks of CUDA meanwhile is done at once, though a graph be captured.
+class Uncaptured {
+ public:
+  Uncaptured() { FULLBEAM_CUDA_CALL(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~Uncaptured() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Uncaptured(const Uncaptured&) = delete;
+  Uncaptured& operator=(const Uncaptured&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Zeros, there before this returns; on a stream aside, since the current one may be captured.
+void clear(void* data, std::int64_t num_bytes) {
+  cudaStream_t aside;
+  FULLBEAM_CUDA_CALL(cudaStreamCreateWithFlags(&aside, cudaStreamNonBlocking));
+  FULLBEAM_CUDA_CALL(cudaMemsetAsync(data, 0, static_cast<std::size_t>(num_bytes), aside));
+  FULLBEAM_CUDA_CALL(cudaStreamSynchronize(aside));
+  FULLBEAM_CUDA_CALL(cudaStreamDestroy(aside));
+}
+
 // Device memory that no captured graph can lose: grown to at least twice the size, never freed.
-void grow(Memory& memory, std::int64_t num_bytes) {
-  if (num_bytes <= memory.num_bytes) return;
-  const std::int64_t wanted = std::max({num_bytes, 2 * memory.num_bytes, std::int64_t{1} << 20});
-  FULLBEAM_CUDA_CALL(cudaMalloc(&memory.data, static_cast<std::size_t>(wanted)));
-  memory.num_bytes = wanted;
+void* grown(Memory& memory, std::int64_t num_bytes, bool is_cleared) {
+  if (num_bytes > memory.num_bytes) {
+    const OnDevice on_device;
+    const Uncaptured uncaptured;
+    const std::int64_t wanted = std::max({num_bytes, 2 * memory.num_bytes, std::int64_t{1} << 20});
+    void* data = nullptr;
+    FULLBEAM_CUDA_CALL(cudaMalloc(&data, static_cast<std::size_t>(wanted)));
+    if (is_cleared) clear(data, wanted);
+    memory = {data, wanted};
+  }
+  return memory.data;
 }
 
 std::mutex mutex;
@@ -47,31 +75,32 @@ int ask(cudaDeviceAttr attribute, int device_idx) {
 }  // namespace
 
 DeviceInfo device_info() {
+  constexpr int kArchs[] = {__CUDA_ARCH_LIST__};
+  constexpr bool kHasHopperCode =
+      std::find(std::begin(kArchs), std::end(kArchs), 900) != std::end(kArchs);
   const int idx = current_stream().device_idx;
-  return {10 * ask(cudaDevAttrComputeCapabilityMajor, idx) +
-              ask(cudaDevAttrComputeCapabilityMinor, idx),
-          ask(cudaDevAttrMultiProcessorCount, idx),
-          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, idx)};
+  return {ask(cudaDevAttrMultiProcessorCount, idx),
+          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, idx),
+          kHasHopperCode && ask(cudaDevAttrComputeCapabilityMajor, idx) == 9};
+}
+
+OnDevice::OnDevice() : idx_(current_stream().device_idx) {
+  FULLBEAM_CUDA_CALL(cudaGetDevice(&before_));
+  if (before_ != idx_) FULLBEAM_CUDA_CALL(cudaSetDevice(idx_));
+}
+OnDevice::~OnDevice() {
+  if (before_ != idx_) cudaSetDevice(before_);
 }
 
 void* workspace(std::int64_t num_bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
-  Memory& memory = memory_of(current_stream()).workspace;
-  grow(memory, num_bytes);
-  return memory.data;
+  return grown(memory_of(current_stream()).workspace, num_bytes, false);
 }
 
 unsigned* counters(std::int64_t count) {
-  const Stream& stream = current_stream();
   const std::lock_guard<std::mutex> lock(mutex);
-  Memory& memory = memory_of(stream).counters;
-  const void* before = memory.data;
-  grow(memory, count * std::int64_t{sizeof(unsigned)});
-  if (memory.data != before) {
-    FULLBEAM_CUDA_CALL(cudaMemsetAsync(memory.data, 0, static_cast<std::size_t>(memory.num_bytes),
-                                       static_cast<cudaStream_t>(stream.handle)));
-  }
-  return static_cast<unsigned*>(memory.data);
+  return static_cast<unsigned*>(
+      grown(memory_of(current_stream()).counters, count * std::int64_t{sizeof(unsigned)}, true));
 }
 
 int num_devices() {

@@ -8,17 +8,33 @@
 namespace fullbeam::cuda {
 
 struct DeviceInfo {
-  int capability;  // 10 * major + minor
   int num_sms;
   std::int64_t max_shared_bytes;  // of one block
+  // Has code of its own for capability 90 (clusters, launches that overlap). Later devices don't:
+  // they run what was compiled for all.
+  bool is_hopper;
 };
 
 // Of the current stream's device.
 DeviceInfo device_info();
 
+// Makes the current stream's device this thread's own, as launches and allocations want it, and
+// puts the one before back at its end.
+class OnDevice {
+ public:
+  OnDevice();
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int idx_, before_ = 0;
+};
+
 // Grow-only memory of the current stream, for intermediate results of one op: the next op on the
 // stream reuses it. What it holds is undefined. Outgrown memory stays, since a captured graph may
-// use it.
+// use it; graphs captured on one stream share it, and must not run at the same time. It may grow
+// while a graph is captured: that is done at once, and no part of the graph.
 void* workspace(std::int64_t num_bytes);
 
 // Counters of the current stream, zero at the start; a kernel leaves them zero, whatever happened.

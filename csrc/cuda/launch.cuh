@@ -14,8 +14,18 @@ namespace fullbeam::cuda {
 struct Shape {
   dim3 grid, block;
   std::int64_t shared_bytes = 0;
-  unsigned cluster = 1;  // blocks along x that run together; above 1 needs capability 90
+  unsigned cluster = 1;  // blocks along x that run together; above 1 on Hopper alone
+  // On Hopper its blocks may start while the last ones of the launch before end: the kernel calls
+  // wait_for_launch_before() first of all.
+  bool overlaps = false;
 };
+
+// What the launch before wrote is there afterwards.
+__device__ inline void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // Launches a kernel on the current stream and throws where CUDA refuses it. Every kernel goes
 // through here.
@@ -26,13 +36,19 @@ inline void launch(void (*kernel)(Params...), const Shape& shape, Args&&... args
   config.blockDim = shape.block;
   config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(current_stream().handle);
-  cudaLaunchAttribute attribute{};
+  cudaLaunchAttribute attributes[2]{};
+  config.attrs = attributes;
   if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = shape.cluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+  }
+  const OnDevice on_device;
+  if (shape.overlaps && device_info().is_hopper) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   if (shape.shared_bytes > (48 << 10)) {
     FULLBEAM_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -3,7 +3,7 @@
 // and sums of its strips, and passes over the strips that matter.
 //
 // Mapping, two ways with the same results:
-//   cluster   (capability 90) A cluster of kCluster blocks has a row; each keeps its share, edited,
+//   cluster   (Hopper) A cluster of kCluster blocks has a row; each keeps its share, edited,
 //             in its shared memory, and all go through every later pass together.
 //   portable  A block has a tile of a row, in which it finds maxima and sums of strips; the last
 //             block of a row to come this far goes on alone, reads the few strips again that its
@@ -238,7 +238,7 @@ inline RowTuning choose_rows(const DeviceInfo& device, std::int64_t vocab_size) 
   const int tile = each < kMaxTile / 2 ? each : kMaxTile / 2;
   const std::int64_t bytes =
       std::int64_t{sizeof(RowShared)} + 1024 + (each * (kStrip + 4) + tile * kStrip) * 4;
-  if (device.capability >= 90 && num_strips > static_cast<int>(kCluster) &&
+  if (device.is_hopper && num_strips > static_cast<int>(kCluster) &&
       bytes <= device.max_shared_bytes) {
     return {threads_of(each, kMaxRowThreads), kCluster, each, tile, true};
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels with known faults, and without: what tests/test_emulate.py shows the emulation to find.
 // Part of the emulated module only.
+#include <cstdint>
 #include <exception>
 #include <string>
 
@@ -48,6 +49,7 @@ void sums(float* out) {
   auto* shared = reinterpret_cast<float*>(dynamic_shared());
   out[threadIdx.x] = block_reduce(static_cast<float>(threadIdx.x), shared, Sum());
 }
+void tell_device(int* out) { *out = emulate::current_device; }
 // out[16, 8] = a[16, 16] b[8, 16]^T, through shared memory.
 void product(const Half* a, const Half* b, float* out) {
   auto* shared = reinterpret_cast<Half*>(dynamic_shared());
@@ -61,6 +63,28 @@ void product(const Half* a, const Half* b, float* out) {
   float d[4] = {};
   multiply_add<Half>(left, right, d);
   for (unsigned i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + 2 * (lane % 4) + i % 2] = d[i];
+}
+
+// A stream of another device, new to the library, while a graph is captured from it or not.
+class OtherStream {
+ public:
+  OtherStream(int number, bool is_captured) {
+    current_stream() = {reinterpret_cast<void*>(std::intptr_t{number}), 1};
+    emulate::captured_stream = current_stream().handle;
+    emulate::is_capturing = is_captured;
+  }
+  ~OtherStream() {
+    current_stream() = {};
+    emulate::is_capturing = false;
+  }
+};
+void take_memory(int* out, bool is_captured) {
+  const OtherStream stream(is_captured ? 2 : 3, is_captured);
+  for (const std::int64_t count : {8, 1 << 20}) {
+    const unsigned* zeros = counters(count);
+    for (std::int64_t i = 0; i < count; ++i) out[0] += zeros[i] != 0 ? 1 : 0;
+    out[1] += workspace(count) != nullptr ? 1 : 0;
+  }
 }
 
 }  // namespace
@@ -94,6 +118,16 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_check(cons
     } else if (kernel == "product") {
       launch(&product, {.grid = 1, .block = 32, .shared_bytes = 768}, static_cast<const Half*>(in),
              static_cast<const Half*>(more), static_cast<float*>(out));
+    } else if (kernel == "tell the device") {
+      const OtherStream stream(1, false);
+      launch(&tell_device, {.grid = 1, .block = 1}, ints);
+      ints[1] = emulate::current_device;
+    } else if (kernel == "take memory" || kernel == "take memory in a capture") {
+      take_memory(ints, kernel == "take memory in a capture");
+    } else if (kernel == "allocate in a capture") {
+      const OtherStream stream(4, true);
+      void* memory;
+      FULLBEAM_CUDA_CALL(cudaMalloc(&memory, 1));
     } else if (kernel == "too much shared memory") {
       launch(&half_barrier, {.grid = 1, .block = 32, .shared_bytes = 300 << 10});
     }

@@ -23,6 +23,7 @@
 #define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __CUDA_ARCH_LIST__ 800, 900
 constexpr int warpSize = 32;
 
 // --- Vector types
@@ -347,7 +348,8 @@ enum cudaError_t {
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidConfiguration = 9,
-  cudaErrorNotSupported = 801
+  cudaErrorNotSupported = 801,
+  cudaErrorStreamCaptureUnsupported = 900
 };
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -359,6 +361,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorNotSupported:
       return "operation not supported";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     default:
       return "an error that the emulation has no words for";
   }
@@ -392,18 +396,20 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-constexpr int kEmulatedSharedBytes = 227 << 10;
-
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* idx) {
-  *idx = 0;
+  *idx = emulate::current_device;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int idx) { return idx == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+inline cudaError_t cudaSetDevice(int idx) {
+  if (idx < 0) return cudaErrorInvalidValue;
+  emulate::current_device = idx;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -416,14 +422,14 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = emulate::device.minor;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = kEmulatedSharedBytes;
+      *value = emulate::device.shared_bytes;
       break;
   }
   return cudaSuccess;
 }
 template <class Kernel>
 inline cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
-  return value <= kEmulatedSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
+  return value <= emulate::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <class Kernel>
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel*, int,
@@ -431,9 +437,29 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Ker
   *count = 2;
   return cudaSuccess;
 }
+// Streams, of which emulate::captured_stream may be recorded for a graph: then what waits is
+// forbidden to threads that don't ask for it, and work on that stream is not done.
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
+constexpr unsigned cudaStreamNonBlocking = 1;
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  static cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
+  std::swap(current, *mode);
+  emulate::is_capture_relaxed = current == cudaStreamCaptureModeRelaxed;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = reinterpret_cast<cudaStream_t>(std::intptr_t{-1});
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return emulate::may_wait(stream) ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
+
 // Device memory is the host's; new memory is NaN.
 template <class T>
 inline cudaError_t cudaMalloc(T** memory, std::size_t num_bytes) {
+  if (!emulate::may_wait(nullptr)) return cudaErrorStreamCaptureUnsupported;
   *memory = static_cast<T*>(std::aligned_alloc(256, (num_bytes + 255) / 256 * 256));
   if (*memory == nullptr) return cudaErrorMemoryAllocation;
   std::memset(static_cast<void*>(*memory), 0xFF, num_bytes);
@@ -443,11 +469,11 @@ inline cudaError_t cudaFree(void* memory) {
   std::free(memory);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* memory, int byte, std::size_t num_bytes, cudaStream_t) {
-  std::memset(memory, byte, num_bytes);
+inline cudaError_t cudaMemsetAsync(void* memory, int byte, std::size_t num_bytes,
+                                   cudaStream_t stream) {
+  if (!emulate::is_captured(stream)) std::memset(memory, byte, num_bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 template <class... Params, class... Args>
 inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
@@ -456,7 +482,8 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
     const dim3 cluster = config->attrs[i].val.clusterDim;
-    if (emulate::device.major < 9) return cudaErrorNotSupported;
+    // Later devices would run the code for capability 80, whose clusters have one block.
+    if (emulate::device.major != 9) return cudaErrorNotSupported;
     if (cluster.y != 1 || cluster.z != 1 || cluster.x > 8 || grid.grid.x % cluster.x != 0) {
       return cudaErrorInvalidConfiguration;
     }
@@ -464,7 +491,8 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
   }
   const dim3 g = grid.grid, b = grid.block;
   if (g.x == 0 || g.y == 0 || g.z == 0 || g.y > 65535 || g.z > 65535 || b.x * b.y * b.z == 0 ||
-      b.x * b.y * b.z > 1024 || grid.shared_bytes > kEmulatedSharedBytes) {
+      b.x * b.y * b.z > 1024 ||
+      grid.shared_bytes > static_cast<std::size_t>(emulate::device.shared_bytes)) {
     return cudaErrorInvalidConfiguration;
   }
   const std::tuple<Params...> params(std::forward<Args>(args)...);

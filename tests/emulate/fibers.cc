@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -24,6 +25,9 @@ Fiber* fiber = nullptr;
 std::size_t shared_size = 0;
 unsigned cluster_size = 1;
 Device device;
+int current_device = 0;
+const void* captured_stream = nullptr;
+bool is_capturing = false, is_capture_relaxed = false;
 
 namespace {
 
@@ -48,6 +52,39 @@ char* new_stack() {
   mprotect(memory, kGuardPage, PROT_NONE);  // an overflow stops at once
   return static_cast<char*>(memory) + kGuardPage;
 }
+
+// The address sanitizer is told of every change of stacks.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kHasSanitizer = true;
+const void* launcher_stack = nullptr;
+std::size_t launcher_bytes = 0;
+bool comes_from_launcher = false;  // the fiber that starts now
+
+void start_switch(Fiber& from, const Fiber& to) {
+  comes_from_launcher = &from == &launcher;
+  const bool is_launcher = &to == &launcher;
+  __sanitizer_start_switch_fiber(from.is_finished ? nullptr : &from.fake_stack,
+                                 is_launcher ? launcher_stack : to.stack,
+                                 is_launcher ? launcher_bytes : kStackBytes);
+}
+void finish_switch(void* fake_stack) {
+  const void* stack;
+  std::size_t bytes;
+  __sanitizer_finish_switch_fiber(fake_stack, &stack, &bytes);
+  if (!comes_from_launcher) return;
+  launcher_stack = stack;
+  launcher_bytes = bytes;
+}
+// A stack that a fiber left for good keeps what its frames had forbidden.
+void allow(void* memory, std::size_t num_bytes) { ASAN_UNPOISON_MEMORY_REGION(memory, num_bytes); }
+void forbid(void* memory, std::size_t num_bytes) { ASAN_POISON_MEMORY_REGION(memory, num_bytes); }
+#else
+constexpr bool kHasSanitizer = false;
+void start_switch(Fiber&, const Fiber&) {}
+void finish_switch(void*) {}
+void allow(void*, std::size_t) {}
+void forbid(void*, std::size_t) {}
+#endif
 
 std::uint64_t next_random() {
   random_state ^= random_state << 13;
@@ -120,19 +157,9 @@ void switch_to(Fiber& to) {
     threadIdx = to.thread_idx;
     blockIdx = to.block->block_idx;
   }
-#if defined(__SANITIZE_ADDRESS__)
-  static const void* launcher_stack;
-  static std::size_t launcher_bytes;
-  __sanitizer_start_switch_fiber(from.is_finished ? nullptr : &from.fake_stack,
-                                 &to == &launcher ? launcher_stack : to.stack,
-                                 &to == &launcher ? launcher_bytes : kStackBytes);
+  start_switch(from, to);
   change_over(from, to);
-  const void* bottom;
-  std::size_t bytes;
-  __sanitizer_finish_switch_fiber(from.fake_stack, &bottom, &bytes);
-#else
-  change_over(from, to);
-#endif
+  finish_switch(from.fake_stack);
 }
 
 Fiber* take_random() {
@@ -178,11 +205,7 @@ void leave() {
 }
 
 void fiber_main() {
-#if defined(__SANITIZE_ADDRESS__)
-  const void* bottom;
-  std::size_t bytes;
-  __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
-#endif
+  finish_switch(nullptr);
   try {
     (*body)();
     if (!fiber->copies.empty()) fail("a thread returned with asynchronous copies under way");
@@ -212,13 +235,15 @@ void run_cluster(std::vector<Block>& blocks, std::vector<Fiber>& fibers) {
   failure = nullptr;
   for (Block& block : blocks) {
     std::memset(block.shared, 0xFF, shared_size);
-    std::memset(block.shared + shared_size, kGuardByte, kSharedGuard);
+    if (!kHasSanitizer) std::memset(block.shared + shared_size, kGuardByte, kSharedGuard);
+    forbid(block.shared + shared_size, kSharedGuard);
     for (Warp& warp : block.warps) warp.arrived = 0;
     block.barrier.num_arrived = block.barrier.sum = 0;
     block.barrier.waiting.clear();
     block.num_live = static_cast<int>(fibers.size() / blocks.size());
   }
   for (Fiber& f : fibers) {
+    allow(f.stack, kStackBytes);
     f.is_finished = false;
     f.waits_at = nullptr;
     f.has_arrived_at_cluster = false;
@@ -237,7 +262,7 @@ void run_cluster(std::vector<Block>& blocks, std::vector<Fiber>& fibers) {
          std::to_string(num_live - 1) + " more threads waiting");
   }
   for (const Block& block : blocks) {
-    for (std::size_t i = 0; i < kSharedGuard; ++i) {
+    for (std::size_t i = 0; !kHasSanitizer && i < kSharedGuard; ++i) {
       if (static_cast<unsigned char>(block.shared[shared_size + i]) != kGuardByte) {
         fail("a thread wrote " + std::to_string(i) + " bytes past the " +
              std::to_string(shared_size) + " bytes of shared memory");
@@ -377,6 +402,7 @@ extern "C" __attribute__((visibility("default"))) void emulate_set_seed(std::uin
   emulate::random_state = (seed * 0x9E3779B97F4A7C15u ^ test * 0xD1B54A32D192ED03u) | 1;
 }
 extern "C" __attribute__((visibility("default"))) void emulate_set_device(int major, int minor,
-                                                                          int num_sms) {
-  emulate::device = {major, minor, num_sms};
+                                                                          int num_sms,
+                                                                          int shared_bytes) {
+  emulate::device = {major, minor, num_sms, shared_bytes};
 }

@@ -85,9 +85,18 @@ extern unsigned cluster_size;
 
 // What the emulated device is; set by the tests (emulate_set_device).
 struct Device {
-  int major = 9, minor = 0, num_sms = 4;
+  int major = 9, minor = 0, num_sms = 4, shared_bytes = 227 << 10;  // of a block
 };
 extern Device device;
+extern int current_device;  // the thread's
+
+// The stream that is captured for a graph, if any.
+extern const void* captured_stream;
+extern bool is_capturing, is_capture_relaxed;
+inline bool is_captured(const void* stream) { return is_capturing && stream == captured_stream; }
+inline bool may_wait(const void* stream) {
+  return !is_capturing || (is_capture_relaxed && !is_captured(stream));
+}
 
 void run_grid(const Grid& grid, const std::function<void()>& kernel);
 [[noreturn]] void fail(const std::string& what);

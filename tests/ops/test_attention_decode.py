@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from attention_helpers import CASES, HALF_CASES, halves, naive, searches, widened
-from backends import CPU, CUDA
+from backends import CPU, CUDA, EMULATED
 from fullbeam import ops, reference
 from op_helpers import (
     HALF_DTYPES,
@@ -421,8 +421,25 @@ def test_attention_decode_is_the_same_bits_on_any_number_of_multiprocessors(rng:
     q, kv = halves(rng.standard_normal((12, 4, 32)), kv, "float16")
     expected = decode(q, kv, scale=0.2)
     for num_sms in (1, 2, 7, 132):
-        ops._core.emulate_set_device(9, 0, num_sms)
+        ops._core.emulate_set_device(9, 0, num_sms, 227 << 10)
         np.testing.assert_array_equal(decode(q, kv, scale=0.2), expected)
+
+
+# The ring of tiles is as long as shared memory allows; 256 columns take the plain kernel at 99 KB.
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_decode_runs_in_any_amount_of_shared_memory(rng: Any, head_dim: int) -> None:
+    kv = paged_kv(rng, [300, 40, 1], num_kv_heads=1, head_dim=head_dim)
+    q, kv = halves(rng.standard_normal((3, 2, head_dim)), kv, "float16")
+    expected = decode(q, kv, scale=head_dim**-0.5)
+    for device in ("emulated_sm80", "emulated_sm120"):
+        ops._core.emulate_set_device(*EMULATED[device])
+        found = decode(q, kv, scale=head_dim**-0.5)
+        if device == "emulated_sm120" and head_dim == 256:
+            np.testing.assert_allclose(found, expected, rtol=2**-8, atol=2**-10)
+            assert (found != expected).any()
+        else:
+            np.testing.assert_array_equal(found, expected)
 
 
 @on_cuda

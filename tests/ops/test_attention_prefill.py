@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attention_helpers import CASES, HALF_CASES, halves, naive, widened
-from backends import CUDA
+from backends import CUDA, EMULATED
 from fullbeam import ops, reference
 from op_helpers import (
     HALF_DTYPES,
@@ -219,3 +219,16 @@ def test_attention_prefill_stays_inside_the_cache(rng: Any, dtype: str) -> None:
     after = prefill(q, kv, [0, 50, 80], scale=0.2)
     assert np.isfinite(after).all()
     np.testing.assert_array_equal(after[50:], before[50:])
+
+
+# Of 128 columns a warp takes 16 rows instead of 32 where a block may have 99 KB.
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_prefill_runs_in_any_amount_of_shared_memory(rng: Any, head_dim: int) -> None:
+    kv = paged_kv(rng, [90, 40], num_kv_heads=1, head_dim=head_dim)
+    q, kv = halves(rng.standard_normal((110, 3, head_dim)), kv, "float16")
+    expected = prefill(q, kv, [0, 70, 110], scale=head_dim**-0.5)
+    for device in ("emulated_sm80", "emulated_sm120"):
+        ops._core.emulate_set_device(*EMULATED[device])
+        found = prefill(q, kv, [0, 70, 110], scale=head_dim**-0.5)
+        np.testing.assert_array_equal(found, expected)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from backends import CPU, CUDA, CUDA_OLD_AND_NEW
+from backends import CPU, CUDA, CUDA_OLD_AND_NEW, EMULATED
 from fullbeam import ops, reference
 from op_helpers import HALF_DTYPES, as_activation, guarded, num_threads, strided, wide
 from sample_helpers import (
@@ -655,9 +655,10 @@ def test_sample_gives_the_same_bits_in_clusters_and_without(rng: Any) -> None:
     logits[20], logits[21, 5], logits[22, [3, 8000]] = -INF, NAN, INF
     settings = mixed_settings(rng, 26, 9001)
     clusters = ops.sample(logits, **settings)
-    ops._core.emulate_set_device(8, 0, 4)
-    for ours, theirs in zip(clusters, ops.sample(logits, **settings), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for without in ("emulated_sm80", "emulated_sm120"):
+        ops._core.emulate_set_device(*EMULATED[without])
+        for ours, theirs in zip(clusters, ops.sample(logits, **settings), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
