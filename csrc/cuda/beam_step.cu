@@ -14,7 +14,7 @@ namespace fullbeam::cuda {
 namespace {
 
 constexpr std::int64_t kMaxBeam = 2048;
-constexpr std::int64_t kMaxKeys = 1 << 24;  // of the lists of one step, 128 MB
+constexpr std::int64_t kMaxKeys = 1 << 26;  // of the lists of one step, 512 MB
 
 // What a group needs to know of a beam: lists of `width` places each in the pool, best first.
 struct BeamTokens {
@@ -144,6 +144,7 @@ struct BeamRow {
       row.team.sync();
       tokens.live = row.root->count;
       tokens.terminated = tokens.live + static_cast<unsigned>(width);
+      // Always, unless what group_starts and request_starts hold is broken.
       const bool has_room = std::int64_t{tokens.terminated} + width <= memory.capacity;
       const int num_kinds = !has_room ? 0 : terminators == nullptr ? 1 : 2;
       for (int kind = 0; kind < num_kinds; ++kind) {
@@ -293,6 +294,7 @@ __device__ void step_group(const Group& group, Place* places, Place* live, int r
 __global__ void __launch_bounds__(256, 2)
     group_kernel(const __grid_constant__ BeamStepParams p,
                  const __grid_constant__ BeamMemory memory, int room) {
+  wait_for_launch_before();
   auto* places = reinterpret_cast<Place*>(dynamic_shared());  // [room], then [max_beam]
   const std::int64_t request = blockIdx.x;
   const std::int64_t first_group = clamped(p.request_starts[request], 0, p.num_groups);
@@ -319,13 +321,20 @@ __global__ void __launch_bounds__(256, 2)
 
 void beam_step(const BeamStepParams& p) {
   if (p.num_groups == 0 || p.num_requests == 0) return;
-  std::int64_t most_keys = 2 * p.num_beams;  // of lists as wide as any group may need
-  const std::int64_t widest = p.num_groups * p.max_beam;
-  most_keys *= widest < p.vocab_size ? widest : p.vocab_size;
-  most_keys = most_keys < kMaxKeys ? most_keys : kMaxKeys;
   if (p.max_beam > kMaxBeam) {
     throw NotImplemented("beam_step: beam_sizes must be at most " + std::to_string(kMaxBeam) +
                          " on CUDA, got " + std::to_string(p.max_beam));
+  }
+  // Two lists per beam, as wide as any group may need: all groups may be of one request.
+  const std::int64_t all_sizes = p.num_groups * p.max_beam;
+  const std::int64_t widest = all_sizes < p.vocab_size ? all_sizes : p.vocab_size;
+  const std::int64_t most_keys = 2 * p.num_beams * widest;
+  if (most_keys > kMaxKeys) {
+    throw NotImplemented("beam_step: num_beams must be at most " +
+                         std::to_string(kMaxKeys / (2 * widest)) + " on CUDA with " +
+                         std::to_string(p.num_groups) + " groups of up to " +
+                         std::to_string(p.max_beam) + " beams, got " + std::to_string(p.num_beams) +
+                         ": call it for fewer requests at a time");
   }
   const RowLaunch plan = plan_rows("beam_step", p.num_beams, p.vocab_size);
   const std::int64_t beams_bytes = p.num_beams * std::int64_t{sizeof(BeamTokens)};
@@ -342,7 +351,8 @@ void beam_step(const BeamStepParams& p) {
   while (room < 2 * p.max_beam) room *= 2;
   const Shape shape{.grid = static_cast<unsigned>(p.num_requests),
                     .block = 256,
-                    .shared_bytes = (room + p.max_beam) * std::int64_t{sizeof(Place)}};
+                    .shared_bytes = (room + p.max_beam) * std::int64_t{sizeof(Place)},
+                    .overlaps = true};
   launch(&group_kernel, shape, p, memory, room);
 }
 

@@ -722,3 +722,15 @@ def test_beam_step_on_cuda_says_how_wide_a_group_may_be() -> None:
         NotImplementedError, match=r"^beam_step: beam_sizes must be at most 2048 on CUDA, got 2049$"
     ):
         step(one_request(np.zeros((1, 5)), [1], 2049))
+
+
+@pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)
+def test_beam_step_on_cuda_says_how_many_beams_a_call_may_have() -> None:
+    words = (
+        "beam_step: num_beams must be at most 8192 on CUDA with 2 groups of up to 2048 beams,"
+        " got 8193: call it for fewer requests at a time"
+    )
+    with pytest.raises(NotImplementedError, match=f"^{words}$"):
+        step(
+            one_request(np.zeros((1, 4096)), [4097, 4096], 2048, beam_rows=np.zeros(8193, np.int32))
+        )
