@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import sys
 import tempfile
@@ -14,21 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import (
-    drafts,
-    harness,
-    infill,
-    load,
-    peers,
-    quality,
-    search,
-    server,
-    soak,
-    start,
-    steps,
-)
+from benchmarks import harness
 from fullbeam import _core
 from fullbeam.bench import Ceilings
+
+# Suites with arguments of their own, each a module of this package, imported where it is called.
+SUITES = {
+    "peers": "fullbeam beside other runtimes on the same model",
+    "server": "`fullbeam serve` beside llama.cpp's server",
+    "start": "from the start of `fullbeam serve` to its first token",
+    "load": "seconds and memory that loading a model takes",
+    "quality": "distance from float32 logits, fullbeam's and llama.cpp's",
+    "search": "what beam search costs beside drawing as many rows",
+    "drafts": "tokens per second with and without drafts",
+    "steps": "where a step's time goes, op by op",
+    "infill": "lines restored with and without the text after them",
+    "soak": "clients that come and go: does anything stay behind?",
+}
 
 
 def ops_rows(pytest_json: dict[str, Any], ceilings: Ceilings) -> list[dict[str, Any]]:
@@ -69,11 +72,9 @@ def run_ops_on_cuda(args: argparse.Namespace) -> int:
 
     peak = ops_cuda.copy_bytes_per_second()
     head = harness.environment(args.threads) | ops_cuda.environment() | {"copy_GB/s": peak / 1e9}
-    rows = list(ops_cuda.rows(args.op, peak))
-    sys.stdout.write(json.dumps(head) + "\n" + harness.table(rows, ops_cuda.COLUMNS) + "\n")
-    if args.out:
-        harness.write(args.out, head, rows)
-    return 0
+    cases = [case for case in ops_cuda.cases() if args.op in (None, case.op)]
+    num_failed = ops_cuda.report(cases, head, peak, ops_cuda.Graphs(), args.out)
+    return 1 if num_failed else 0
 
 
 def run_ops(args: argparse.Namespace) -> int:
@@ -110,31 +111,10 @@ def main() -> int:
     suite.add_argument("--threads", type=int, default=_core.num_physical_cores())
     suite.add_argument("--out", type=Path, help="write the rows as JSON lines")
     suite.set_defaults(run=run_ops)
-    suites.add_parser("peers", help="fullbeam beside other runtimes on the same model")
-    suites.add_parser("server", help="`fullbeam serve` beside llama.cpp's server")
-    suites.add_parser("start", help="from the start of `fullbeam serve` to its first token")
-    suites.add_parser("load", help="seconds and memory that loading a model takes")
-    suites.add_parser("quality", help="distance from float32 logits, fullbeam's and llama.cpp's")
-    suites.add_parser("search", help="what beam search costs beside drawing as many rows")
-    suites.add_parser("drafts", help="tokens per second with and without drafts")
-    suites.add_parser("steps", help="where a step's time goes, op by op")
-    suites.add_parser("infill", help="lines restored with and without the text after them")
-    suites.add_parser("soak", help="clients that come and go: does anything stay behind?")
-    modules = {
-        "peers": peers,
-        "server": server,
-        "start": start,
-        "load": load,
-        "quality": quality,
-        "search": search,
-        "drafts": drafts,
-        "steps": steps,
-        "infill": infill,
-        "soak": soak,
-    }
-    for name, module in modules.items():
+    for name, text in SUITES.items():
+        suites.add_parser(name, help=text)
         if sys.argv[1:2] == [name]:
-            return int(module.main(sys.argv[2:]))
+            return int(importlib.import_module(f"benchmarks.{name}").main(sys.argv[2:]))
     args = parser.parse_args()
     return int(args.run(args))
 

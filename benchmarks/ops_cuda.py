@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import harness
 from fullbeam import ops
 
+DEVICE = "cuda"
 Call = Callable[[], Any]
 NUM_ROUNDS = 20
 COLUMNS = [
@@ -44,11 +50,11 @@ class Case:
 
 
 def normal(*shape: int, dtype: str = "bfloat16") -> Any:
-    return torch.randn(shape, device="cuda", dtype=torch.float32).to(getattr(torch, dtype))
+    return torch.randn(shape, device=DEVICE, dtype=torch.float32).to(getattr(torch, dtype))
 
 
 def ints(values: Any, dtype: Any = torch.int32) -> Any:
-    return torch.as_tensor(values, dtype=dtype, device="cuda")
+    return torch.as_tensor(values, dtype=dtype, device=DEVICE)
 
 
 def close(ours: Any, theirs: Any) -> bool:
@@ -81,7 +87,7 @@ def rope(num_tokens: int, num_heads: int, head_dim: int) -> Case:
     def make() -> tuple[Call, dict[str, Call]]:
         x = normal(num_tokens, num_heads, head_dim)
         positions, half = ints(range(num_tokens)), head_dim // 2
-        inv_freq = 10000.0 ** (-torch.arange(half, device="cuda", dtype=torch.float32) / half)
+        inv_freq = 10000.0 ** (-torch.arange(half, device=DEVICE, dtype=torch.float32) / half)
 
         def theirs() -> Any:
             angles = (positions[:, None] * inv_freq)[:, None]
@@ -97,7 +103,7 @@ def rope(num_tokens: int, num_heads: int, head_dim: int) -> Case:
 
 def embedding(num_tokens: int, size: int) -> Case:
     def make() -> tuple[Call, dict[str, Call]]:
-        table, ids = normal(32768, size), torch.randint(32768, (num_tokens,), device="cuda")
+        table, ids = normal(32768, size), torch.randint(32768, (num_tokens,), device=DEVICE)
         out, narrow = normal(num_tokens, size), ids.int()
         theirs = lambda: torch.nn.functional.embedding(ids, table)  # noqa: E731
         return lambda: ops.embedding(narrow, table, out=out), {"torch": theirs}
@@ -112,7 +118,7 @@ def dequantise(kind: str, rows: int, cols: int) -> Case:
     data = np.tile(host.ravel(), rows // 64)
 
     def make() -> tuple[Call, dict[str, Call]]:
-        device, out = torch.from_numpy(data).cuda(), normal(rows, cols)
+        device, out = torch.from_numpy(data).to(DEVICE), normal(rows, cols)
         return lambda: ops.dequantise(device, kind, (rows, cols), out=out), {}
 
     return Case("dequantise", f"{rows}x{cols}", kind, data.nbytes + 2 * rows * cols, make)
@@ -126,8 +132,8 @@ def paged(lens: list[int], page_size: int) -> Any:
     [num_seqs, KV_HEADS, longest, ATTENTION_DIM].
     """
     per_seq = [-(-length // page_size) for length in lens]
-    order = torch.randperm(sum(per_seq), device="cuda")
-    table = torch.full((len(lens), max(per_seq)), -1, device="cuda")
+    order = torch.randperm(sum(per_seq), device=DEVICE)
+    table = torch.full((len(lens), max(per_seq)), -1, device=DEVICE)
     for seq, mine in enumerate(order.split(per_seq)):
         table[seq, : len(mine)] = mine
     pages = [normal(len(order), KV_HEADS, page_size, ATTENTION_DIM) for _ in range(2)]
@@ -160,7 +166,7 @@ def flashinfer_decode(
     indices = torch.cat([row[:count] for row, count in zip(table, per_seq, strict=True)])
     last = ints([(length - 1) % page_size + 1 for length in lens])
     wrapper = importlib.import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(2**27, dtype=torch.uint8, device="cuda"), "HND", use_tensor_cores=True
+        torch.empty(2**27, dtype=torch.uint8, device=DEVICE), "HND", use_tensor_cores=True
     )
     wrapper.plan(
         starts, indices, last, HEADS, KV_HEADS, ATTENTION_DIM, page_size,
@@ -206,7 +212,7 @@ def attention_decode_search(prompt_len: int, num_beams: int, page_size: int = 64
         ]
         chains = ints([[*range(prompt_len), *(prompt_len + s for s in path)] for path in paths])
         plain = []
-        plain_table = torch.arange(num_beams * -(-chain_len // page_size), device="cuda")
+        plain_table = torch.arange(num_beams * -(-chain_len // page_size), device=DEVICE)
         for dense in (keys, values):
             runs = dense[0][:, chains.long()].transpose(
                 0, 1
@@ -285,10 +291,10 @@ def sample(num_rows: int, temperature: float, top_k: int, top_p: float) -> Case:
     def make() -> tuple[Call, dict[str, Call]]:
         logits = 3 * normal(num_rows, VOCAB, dtype="float32")
         options = {
-            "temperature": torch.full((num_rows,), temperature, device="cuda"),
+            "temperature": torch.full((num_rows,), temperature, device=DEVICE),
             "top_k": ints([top_k] * num_rows),
-            "top_p": torch.full((num_rows,), top_p, device="cuda"),
-            "min_p": torch.zeros(num_rows, device="cuda"),
+            "top_p": torch.full((num_rows,), top_p, device=DEVICE),
+            "min_p": torch.zeros(num_rows, device=DEVICE),
             "seeds": ints(range(num_rows), torch.int64).view(torch.uint64),
             "counters": ints(np.zeros((num_rows, 3))).view(torch.uint32),
         }
@@ -321,14 +327,14 @@ def beam_step(num_requests: int, beam_size: int) -> Case:
 
     def make() -> tuple[Call, dict[str, Call]]:
         logits = 3 * normal(num_beams, VOCAB, dtype="float32")
-        sums = torch.randn((num_beams, 2), device="cuda", dtype=torch.float64)
+        sums = torch.randn((num_beams, 2), device=DEVICE, dtype=torch.float64)
         arguments = {
             "beam_rows": ints(range(num_beams)),
             "sums": sums,
             "group_starts": ints([idx * beam_size for idx in range(num_requests + 1)]),
             "request_starts": ints(range(num_requests + 1)),
             "beam_sizes": ints([beam_size] * num_requests),
-            "diversity_strengths": torch.zeros(num_requests, device="cuda"),
+            "diversity_strengths": torch.zeros(num_requests, device=DEVICE),
         }
 
         def theirs() -> Any:  # as transformers' generate does it
@@ -343,12 +349,7 @@ def beam_step(num_requests: int, beam_size: int) -> Case:
 
 
 def cases() -> list[Case]:
-    return [
-        *(rms_norm(n, 4096) for n in (1, 8, 4096)),
-        *(gated_activation(n, 14336) for n in (1, 8, 2048)),
-        *(rope(n, 40, 128) for n in (1, 8, 4096)),
-        *(embedding(n, 4096) for n in (8, 4096)),
-        *(dequantise(kind, 4096, 4096) for kind in ("Q8_0", "Q4_K", "Q6_K")),
+    return [  # those first that are asked for most, since time may run out
         *(
             attention_decode(f"{n}x{length}", [length] * n)
             for n, length in ((1, 1024), (1, 8192), (8, 4096), (64, 4096))
@@ -364,21 +365,36 @@ def cases() -> list[Case]:
             for knobs in ((0.0, 0, 1.0), (0.8, 0, 1.0), (0.8, 50, 0.9), (0.8, 0, 0.9))
         ),
         *(beam_step(*shape) for shape in ((1, 4), (8, 8))),
+        *(rms_norm(n, 4096) for n in (1, 8, 4096)),
+        *(gated_activation(n, 14336) for n in (1, 8, 2048)),
+        *(rope(n, 40, 128) for n in (1, 8, 4096)),
+        *(embedding(n, 4096) for n in (8, 4096)),
+        *(dequantise(kind, 4096, 4096) for kind in ("Q8_0", "Q4_K", "Q6_K")),
     ]
 
 
-def graph_of(calls: list[Call]) -> Call:
-    """Replays all of the calls; runs them one by one where they can't be captured."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
+class Graphs:
+    """Runs calls as one CUDA graph, and times it."""
+
+    def together(self, calls: list[Call]) -> Call:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return graph.replay
+
+    def time_us(self, run: Call) -> float:
+        return time_us(run)
+
+    def num_sets(self, num_bytes: int) -> int:
+        """Enough for three times the L2 cache."""
+        l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        return max(4, min(32, -(-3 * l2_bytes // num_bytes)))
 
 
 def time_us(run: Call) -> float:
@@ -391,61 +407,93 @@ def time_us(run: Call) -> float:
 
 
 def copy_bytes_per_second() -> float:
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2**31, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / min(time_us(lambda: target.copy_(source)) for _ in range(8)) * 1e6
 
 
-def rows(only: str | None, peak: float) -> Iterator[dict[str, Any]]:
-    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    for case in cases():
-        if only not in (None, case.op):
-            continue
-        num_sets = max(4, min(32, -(-3 * l2_bytes // case.num_bytes)))
-        sets = [case.make() for _ in range(num_sets)]
+def measure(case: Case, peak: float, clock: Any) -> dict[str, Any]:
+    """A row of the table; anchors that this torch or device doesn't run are left out of it."""
+    num_sets = clock.num_sets(case.num_bytes)
+    sets = [case.make() for _ in range(num_sets)]
+    found = sets[0][0]()
+    left_out = {}
+    for name, anchor in sets[0][1].items():
         try:
-            found = sets[0][0]()
-        except NotImplementedError as error:
-            sys.stderr.write(f"benchmarks: {case.op} is left out: {error}\n")
+            theirs = anchor()
+        except (NotImplementedError, RuntimeError) as error:
+            left_out[name] = first_line(error)
             continue
-        for name, anchor in sets[0][1].items():
-            if not case.check(found, anchor()):
-                raise AssertionError(f"{case.op} {case.shape}: ours and {name} differ")
-        runs = {"ours": graph_of([ours for ours, _ in sets])}
-        for name in sets[0][1]:
-            calls = [anchors[name] for _, anchors in sets]
-            try:
-                runs[name] = graph_of(calls)
-            except RuntimeError:
-                runs[name + " (eager)"] = lambda calls=calls: [call() for call in calls]
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(NUM_ROUNDS):
-            for name, run in runs.items():
-                times[name].append(time_us(run) / num_sets)
-        median = statistics.median(times["ours"])
-        best = min(
-            (n for n in runs if n != "ours"), key=lambda n: statistics.median(times[n]), default=""
-        )
-        yield {
-            "op": case.op,
-            "shape": case.shape,
-            "dtype": case.dtype,
-            "device": "cuda",
-            "median_us": median,
-            "p10": float(np.percentile(times["ours"], 10)),
-            "p90": float(np.percentile(times["ours"], 90)),
-            "GB/s": case.num_bytes / median / 1e3,
-            "%copy": 100 * case.num_bytes / median * 1e6 / peak,
-            "baseline": f"{best} {statistics.median(times[best]):.4g}" if best else "-",
-            "ratio": statistics.median(times[best]) / median if best else float("nan"),
-            "GFLOP/s": case.num_flops / median / 1e3,
-            "medians_us": {name: statistics.median(taken) for name, taken in times.items()},
-        }
+        if not case.check(found, theirs):
+            raise AssertionError(f"ours and {name} differ")
+    runs = {"ours": clock.together([ours for ours, _ in sets])}
+    for name in sets[0][1].keys() - left_out.keys():
+        calls = [anchors[name] for _, anchors in sets]
+        try:
+            runs[name] = clock.together(calls)
+        except RuntimeError:
+            runs[name + " (eager)"] = lambda calls=calls: [call() for call in calls]
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(NUM_ROUNDS):
+        for name, run in runs.items():
+            times[name].append(clock.time_us(run) / num_sets)
+    median = statistics.median(times["ours"])
+    best = min(
+        (n for n in runs if n != "ours"), key=lambda n: statistics.median(times[n]), default=""
+    )
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "device": "cuda",
+        "median_us": median,
+        "p10": float(np.percentile(times["ours"], 10)),
+        "p90": float(np.percentile(times["ours"], 90)),
+        "GB/s": case.num_bytes / median / 1e3,
+        "%copy": 100 * case.num_bytes / median * 1e6 / peak,
+        "baseline": f"{best} {statistics.median(times[best]):.4g}" if best else "-",
+        "ratio": statistics.median(times[best]) / median if best else float("nan"),
+        "GFLOP/s": case.num_flops / median / 1e3,
+        "medians_us": {name: statistics.median(taken) for name, taken in times.items()},
+        "left_out": left_out,
+    }
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def report(
+    cases: list[Case], head: dict[str, Any], peak: float, clock: Any, out: Path | None
+) -> int:
+    """Measures the cases and returns how many failed. The file has each row as soon as it is
+    there; the table comes at the end, however that comes about.
+    """
+    rows: list[dict[str, Any]] = []
+    num_failed = 0
+    with open(out or os.devnull, "w", encoding="utf-8") as file:
+        file.write(json.dumps(head) + "\n")
+        try:
+            for case in cases:
+                name = f"{case.op} {case.shape}"
+                try:
+                    row = measure(case, peak, clock)
+                except Exception as error:
+                    num_failed += 1
+                    row = {"op": case.op, "shape": case.shape, "error": first_line(error)}
+                    sys.stderr.write(f"benchmarks: {name} failed: {row['error']}\n")
+                else:
+                    rows.append(row)
+                    sys.stderr.write(f"{name}: {row['median_us']:.4g} us, {row['ratio']:.3g}x\n")
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+        finally:
+            sys.stdout.write(json.dumps(head) + "\n" + harness.table(rows, COLUMNS) + "\n")
+            sys.stdout.flush()
+    return num_failed
 
 
 def environment() -> dict[str, Any]:
-    import subprocess
-
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     asked = subprocess.run(
         ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
