@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of a block of query rows (some tokens x the query heads that share one KV head) over a
 // paged KV cache. Mapping: keys go by tiles of 32 at absolute positions; a tile is converted to
-// float32 once, keys transposed, and meets all rows of the block, some rows by some columns at a
-// time in registers. Cost: K and V of the visible keys once per block, 4 * head_dim operations per
-// row and key. Numerics: float32, running maximum and sum per row (Milakov and Gimelshein 2018,
-// arXiv 1805.02867). What a row sees is added up in order of position, tile by tile, and keys that
-// it doesn't see add exact zeros: its result is the same bits in every block, prefill or decode.
+// float32 once and meets all rows of the block. Where the rows are many, the lanes of a register
+// are rows, the queries lie transposed and nothing is added up across lanes; where they are a
+// register tile's or fewer, the lanes are keys, which are transposed tile by tile. Cost: K and V of
+// the visible keys once per block, 4 * head_dim operations per row and key. Numerics: float32,
+// running maximum and sum per row (Milakov and Gimelshein 2018, arXiv 1805.02867), in powers of 2.
+// What a row sees is added up in order of position, tile by tile, and keys that it doesn't see add
+// exact zeros: its result is the same bits in every block and layout, prefill or decode.
 #pragma once
 #include "core/parallel.h"
+#include "cpu/attention_tile.h"
 #include "cpu/vec.h"
 #include "ops/attention_prefill.h"
 
@@ -15,105 +18,50 @@ namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
 constexpr int kTileKeys = 32;  // a bit each in a word
-constexpr int kMaxRows = 64;   // query rows of a block
-// Rows and columns of a register tile. 16 sums keep two 512-bit multiply-adds a cycle in flight; on
-// Zen 4, which starts one, 4 x 16 is as fast.
-#if defined(FULLBEAM_ISA_avx512)
-constexpr int kRegRows = 8;
-constexpr int kRegCols = 32;
-#else
-constexpr int kRegRows = 4;
-constexpr int kRegCols = 16;
-#endif
-constexpr int kMinCols = 16;
+constexpr int kMaxRows = 128;  // query rows of a block
+constexpr int kLeastRows = 32;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kSlack = 8.0f;  // a row's maximum stays while no score is above it by more
 
 // Query rows of one block: tokens of one sequence (rows of q) x some heads of one KV head's group.
 struct QueryRows {
   std::int64_t token_begin, num_tokens, head_begin, num_heads;
   std::int64_t count() const { return num_tokens * num_heads; }
+  bool are_many() const { return count() > kRegRows; }
 };
 
-// Memory of one thread's block.
+// Memory of one thread's block. Panels are kRegCols columns wide, [.., kRegCols] each.
 struct AttentionBlock {
-  float* q;                 // [kMaxRows, head_dim], scaled
+  float* q;                 // scaled; many: panels of [head_dim, rows]; else [kRegRows, head_dim]
   float* out;               // [kMaxRows, head_dim]
-  float* k_tile;            // [head_dim, kTileKeys]
-  float* v_tile;            // [kTileKeys, head_dim]
-  float* weights;           // [kMaxRows, kTileKeys]
+  float* k_tile;            // many: [kTileKeys, head_dim]; else [head_dim, kTileKeys]
+  float* v_tile;            // panels of [kTileKeys, head_dim]
+  float* weights;           // many: [kTileKeys, kMaxRows]; else [kRegRows, kTileKeys]
   float* maxima;            // [kMaxRows]
   float* sums;              // [kMaxRows]
+  std::uint32_t* row_seen;  // [kMaxRows]: seen, by rows
   std::int32_t* positions;  // [kMaxRows], of the tokens
   std::uint32_t* seen;      // [kMaxRows], of the tokens: bit i is key i of the tile
 
   static std::int64_t floats(std::int64_t head_dim) {
-    return 2 * kMaxRows * head_dim + 2 * kTileKeys * head_dim + kMaxRows * kTileKeys + 4 * kMaxRows;
+    const std::int64_t panels = (head_dim + kRegCols - 1) / kRegCols * kRegCols;
+    return kMaxRows * 2 * head_dim + kTileKeys * (head_dim + panels) + kMaxRows * kTileKeys +
+           5 * kMaxRows;
   }
   AttentionBlock(float* memory, std::int64_t head_dim) {
+    const std::int64_t panels = (head_dim + kRegCols - 1) / kRegCols * kRegCols;
     q = memory;
     out = q + kMaxRows * head_dim;
     k_tile = out + kMaxRows * head_dim;
     v_tile = k_tile + kTileKeys * head_dim;
-    weights = v_tile + kTileKeys * head_dim;
+    weights = v_tile + kTileKeys * panels;
     maxima = weights + kMaxRows * kTileKeys;
     sums = maxima + kMaxRows;
-    positions = reinterpret_cast<std::int32_t*>(sums + kMaxRows);
+    row_seen = reinterpret_cast<std::uint32_t*>(sums + kMaxRows);
+    positions = reinterpret_cast<std::int32_t*>(row_seen + kMaxRows);
     seen = reinterpret_cast<std::uint32_t*>(positions + kMaxRows);
   }
 };
-
-// c[rows, cols] (+)= a[rows, n] * b[n, cols], sums in order of n: the same bits in every tile.
-template <int kRows, int kCols, bool kAdd, class T>
-FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const T* b,
-                                   std::int64_t b_stride, std::int64_t n, float* c,
-                                   std::int64_t c_stride) {
-  constexpr int kParts = kCols / kLanes;
-  F32 acc[kRows][kParts];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i)
-      acc[r][i] = kAdd ? load(c + r * c_stride + i * kLanes) : set1(0.0f);
-  }
-  for (std::int64_t k = 0; k < n; ++k) {
-    F32 row[kParts];
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) row[i] = load(b + k * b_stride + i * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const F32 value = set1(a[r * a_stride + k]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kParts; ++i) acc[r][i] = fma(value, row[i], acc[r][i]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) store(c + r * c_stride + i * kLanes, acc[r][i]);
-  }
-}
-
-template <int kRows, bool kAdd, class T>
-inline void multiply_rows(const float* a, std::int64_t a_stride, const T* b, std::int64_t b_stride,
-                          std::int64_t n, std::int64_t num_cols, float* c, std::int64_t c_stride) {
-  std::int64_t col = 0;
-  for (; col + kRegCols <= num_cols; col += kRegCols)
-    multiply_tile<kRows, kRegCols, kAdd>(a, a_stride, b + col, b_stride, n, c + col, c_stride);
-  if (col < num_cols)
-    multiply_tile<kRows, kMinCols, kAdd>(a, a_stride, b + col, b_stride, n, c + col, c_stride);
-}
-
-// kRows rows at a time, then the rest; num_cols is a multiple of kMinCols.
-template <bool kAdd, int kRows = kRegRows, class T>
-void multiply(std::int64_t num_rows, const float* a, std::int64_t a_stride, const T* b,
-              std::int64_t b_stride, std::int64_t n, std::int64_t num_cols, float* c,
-              std::int64_t c_stride) {
-  for (; num_rows >= kRows; num_rows -= kRows, a += kRows * a_stride, c += kRows * c_stride)
-    multiply_rows<kRows, kAdd>(a, a_stride, b, b_stride, n, num_cols, c, c_stride);
-  if constexpr (kRows > 1) {
-    if (num_rows > 0)
-      multiply<kAdd, kRows - 1>(num_rows, a, a_stride, b, b_stride, n, num_cols, c, c_stride);
-  }
-}
 
 // Where a key of this position lies: element offset from the start of its pages.
 inline std::int64_t page_offset(const AttentionPrefillParams& p, const std::int32_t* page_table,
@@ -123,73 +71,25 @@ inline std::int64_t page_offset(const AttentionPrefillParams& p, const std::int3
   return page * page_stride + (kv_head * p.page_size + position % p.page_size) * p.head_dim;
 }
 
-// out[j * kTileKeys + r] = rows[r][begin + j], eight rows, kTransposed columns.
-#if defined(FULLBEAM_ISA_portable)
-constexpr int kTransposed = 8;
-template <class T>
-inline void transpose(const T* const* rows, std::int64_t begin, float* out) {
-  for (int r = 0; r < 8; ++r) {
-    for (int j = 0; j < 8; ++j) out[j * kTileKeys + r] = to_float(rows[r][begin + j]);
-  }
-}
-#else
-constexpr int kTransposed = 16;
-// Values of 16 bits change places before they are widened: half the shuffles.
-template <class T>
-inline void transpose(const T* const* rows, std::int64_t begin, float* out) {
-  static_assert(sizeof(T) == 2);
-  __m256i a[8], b[8];
-  for (int r = 0; r < 8; ++r)
-    a[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + begin));
-  for (int r = 0; r < 8; r += 2) {  // pairs of rows; low and high 8 columns stay apart
-    b[r] = _mm256_unpacklo_epi16(a[r], a[r + 1]);
-    b[r + 1] = _mm256_unpackhi_epi16(a[r], a[r + 1]);
-  }
-  for (int r = 0; r < 8; r += 4) {  // four rows
-    a[r] = _mm256_unpacklo_epi32(b[r], b[r + 2]);
-    a[r + 1] = _mm256_unpackhi_epi32(b[r], b[r + 2]);
-    a[r + 2] = _mm256_unpacklo_epi32(b[r + 1], b[r + 3]);
-    a[r + 3] = _mm256_unpackhi_epi32(b[r + 1], b[r + 3]);
-  }
-  for (int r = 0; r < 4; ++r) {  // all eight: columns 2 r and 2 r + 1
-    const __m256i even = _mm256_unpacklo_epi64(a[r], a[r + 4]),
-                  odd = _mm256_unpackhi_epi64(a[r], a[r + 4]);
-    float* column = out + 2 * r * kTileKeys;
-    _mm256_storeu_ps(column, widen_8<T>(_mm256_castsi256_si128(even)));
-    _mm256_storeu_ps(column + kTileKeys, widen_8<T>(_mm256_castsi256_si128(odd)));
-    _mm256_storeu_ps(column + 8 * kTileKeys, widen_8<T>(_mm256_extracti128_si256(even, 1)));
-    _mm256_storeu_ps(column + 9 * kTileKeys, widen_8<T>(_mm256_extracti128_si256(odd, 1)));
-  }
-}
-template <>
-inline void transpose<float>(const float* const* rows, std::int64_t begin, float* out) {
-  for (int half = 0; half < 2; ++half, begin += 8, out += 8 * kTileKeys) {
-    __m256 a[8], b[8];
-    for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(rows[r] + begin);
-    for (int r = 0; r < 8; r += 2) {
-      b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
-      b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
-    }
-    for (int r = 0; r < 8; r += 4) {
-      a[r] = _mm256_shuffle_ps(b[r], b[r + 2], 0x44);
-      a[r + 1] = _mm256_shuffle_ps(b[r], b[r + 2], 0xee);
-      a[r + 2] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0x44);
-      a[r + 3] = _mm256_shuffle_ps(b[r + 1], b[r + 3], 0xee);
-    }
-    for (int r = 0; r < 4; ++r) {
-      _mm256_storeu_ps(out + r * kTileKeys, _mm256_permute2f128_ps(a[r], a[r + 4], 0x20));
-      _mm256_storeu_ps(out + (r + 4) * kTileKeys, _mm256_permute2f128_ps(a[r], a[r + 4], 0x31));
-    }
-  }
-}
-#endif
-
-// Keys [first, first + count) of one sequence and KV head as float32, transposed; the rest of the
-// tile is not to be used.
+// Keys [first, first + count) of one sequence and KV head as float32; the rest of the tile is not
+// to be used.
 template <class T>
 void load_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
                std::int64_t kv_head, std::int64_t first, std::int64_t count,
                const AttentionBlock& b) {
+  const std::int64_t dim = p.head_dim;
+  for (std::int64_t key = 0; key < count; ++key) {
+    const T* k = static_cast<const T*>(p.k_pages) +
+                 page_offset(p, page_table, p.k_page_stride, kv_head, first + key);
+    for (std::int64_t i = 0; i < dim; i += kLanes) store(b.k_tile + key * dim + i, load(k + i));
+  }
+}
+
+// The same, transposed.
+template <class T>
+void load_key_columns(const AttentionPrefillParams& p, const std::int32_t* page_table,
+                      std::int64_t kv_head, std::int64_t first, std::int64_t count,
+                      const AttentionBlock& b) {
   for (std::int64_t key = 0; key < kTileKeys; key += 8) {
     const T* k[8];
     for (std::int64_t j = 0; j < 8; ++j) {
@@ -200,7 +100,7 @@ void load_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
              page_offset(p, page_table, p.k_page_stride, kv_head, first + wanted);
     }
     for (std::int64_t i = 0; i < p.head_dim; i += kTransposed)
-      transpose(k, i, b.k_tile + i * kTileKeys + key);
+      transpose(k, i, b.k_tile + i * kTileKeys + key, kTileKeys);
   }
 }
 
@@ -208,32 +108,54 @@ void load_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
 // that each is widened once all the same; else null, and as float32 in v_tile.
 template <class T>
 const T* load_values(const AttentionPrefillParams& p, const std::int32_t* page_table,
-                     std::int64_t kv_head, std::int64_t first, std::int64_t count,
-                     std::int64_t num_rows, const AttentionBlock& b) {
+                     const QueryRows& rows, std::int64_t kv_head, std::int64_t first,
+                     std::int64_t count, const AttentionBlock& b) {
   const std::int64_t dim = p.head_dim;
   const T* pages = static_cast<const T*>(p.v_pages);
-  if (num_rows <= kRegRows && first % p.page_size + count <= p.page_size)
+  if (!rows.are_many() && first % p.page_size + count <= p.page_size)
     return pages + page_offset(p, page_table, p.v_page_stride, kv_head, first);
   for (std::int64_t key = 0; key < count; ++key) {
     const T* v = pages + page_offset(p, page_table, p.v_page_stride, kv_head, first + key);
-    for (std::int64_t i = 0; i < dim; i += kLanes) store(b.v_tile + key * dim + i, load(v + i));
+    for (std::int64_t col = 0; col < dim; col += kRegCols) {
+      float* panel = b.v_tile + col * kTileKeys + key * kRegCols;
+      const std::int64_t num_cols = dim - col < kRegCols ? dim - col : kRegCols;
+      for (std::int64_t i = 0; i < num_cols; i += kLanes) store(panel + i, load(v + col + i));
+    }
   }
   return nullptr;
 }
 
-// out of rows [row, row + num_rows) += their weights of keys [key, key + count) of the tile *
-// values.
-template <class T>
-void add_values(const AttentionPrefillParams& p, const T* values, std::int64_t row,
-                std::int64_t num_rows, std::int64_t key, std::int64_t count,
-                const AttentionBlock& b) {
+template <Order kOrder, class T>
+void add_weighted(const AttentionPrefillParams& p, const T* values, std::int64_t row,
+                  std::int64_t num_rows, std::int64_t key, std::int64_t count,
+                  const AttentionBlock& b) {
   const std::int64_t dim = p.head_dim;
-  const float* weights = b.weights + row * kTileKeys + key;
-  float* out = b.out + row * dim;
-  if (values != nullptr) {
-    multiply<true>(num_rows, weights, kTileKeys, values + key * dim, dim, count, dim, out, dim);
+  const bool by_rows = kOrder == Order::rows;
+  const std::int64_t stride = by_rows ? kTileKeys : kMaxRows;
+  const float* weights = b.weights + (by_rows ? row * kTileKeys + key : key * kMaxRows + row);
+  for (std::int64_t col = 0; col < dim; col += kRegCols) {
+    float* out = b.out + row * dim + col;
+    if (values != nullptr) {
+      multiply_panel<true, kOrder>(num_rows, dim - col, weights, stride, values + key * dim + col,
+                                   dim, count, out, dim);
+    } else {
+      multiply_panel<true, kOrder>(num_rows, dim - col, weights, stride,
+                                   b.v_tile + col * kTileKeys + key * kRegCols, kRegCols, count,
+                                   out, dim);
+    }
+  }
+}
+
+// out of rows [row, row + num_rows) of the block += their weights of keys [key, key + count) of the
+// tile * values.
+template <class T>
+void add_values(const AttentionPrefillParams& p, const T* values, const QueryRows& rows,
+                std::int64_t row, std::int64_t num_rows, std::int64_t key, std::int64_t count,
+                const AttentionBlock& b) {
+  if (rows.are_many()) {
+    add_weighted<Order::columns>(p, values, row, num_rows, key, count, b);
   } else {
-    multiply<true>(num_rows, weights, kTileKeys, b.v_tile + key * dim, dim, count, dim, out, dim);
+    add_weighted<Order::rows>(p, values, row, num_rows, key, count, b);
   }
 }
 
@@ -256,6 +178,20 @@ FULLBEAM_INLINE void prefetch_tile(const AttentionPrefillParams& p, const std::i
   }
 }
 
+// A score, in powers of 2, from the product of a scaled query and a key.
+inline F32 score_of(const AttentionPrefillParams& p, F32 product) {
+  if (p.softcap == 0) return product;
+  return mul(set1(p.softcap * kLog2E), tanh(div(product, set1(p.softcap))));
+}
+
+// The output of one row, whose maximum has grown, in terms of the new one.
+inline void shrink_row(const AttentionPrefillParams& p, const AttentionBlock& b, std::int64_t row,
+                       float shrink) {
+  float* out = b.out + row * p.head_dim;
+  for (std::int64_t i = 0; i < p.head_dim; i += kLanes)
+    store(out + i, mul(load(out + i), set1(shrink)));
+}
+
 // Scores of one row's tile -> weights; the row's running maximum, sum and output follow. Keys that
 // the row doesn't see weigh exactly 0, whatever their score is.
 inline void update_row(const AttentionPrefillParams& p, const AttentionBlock& b, std::int64_t row,
@@ -265,36 +201,83 @@ inline void update_row(const AttentionPrefillParams& p, const AttentionBlock& b,
     for (int i = 0; i < kTileKeys; ++i) weights[i] = 0.0f;
     return;
   }
-  if (p.softcap > 0) {
-    for (int i = 0; i < kTileKeys; i += kLanes) {
-      store(weights + i, mul(set1(p.softcap), tanh(div(load(weights + i), set1(p.softcap)))));
-    }
+  for (int i = 0; i < kTileKeys; i += kLanes) {
+    store(weights + i, score_of(p, load(weights + i)));
   }
   if (seen != ~std::uint32_t{0}) {
     for (int i = 0; i < kTileKeys; ++i)
       weights[i] = (seen >> i & 1u) != 0 ? weights[i] : -__builtin_inff();
   }
-  F32 largest = load(weights);
-  for (int i = kLanes; i < kTileKeys; i += kLanes) largest = max(largest, load(weights + i));
-  float maximum = reduce_max(largest);
-  if (b.maxima[row] > maximum) maximum = b.maxima[row];
+  F32 largest = set1(-__builtin_inff());
+  for (int i = 0; i < kTileKeys; i += kLanes) largest = max(load(weights + i), largest);
+  const float maximum = reduce_max(largest);
+  if (maximum > b.maxima[row] + kSlack) {
+    float lanes[kLanes];
+    store(lanes, exp2_negative(set1(b.maxima[row] - maximum)));
+    shrink_row(p, b, row, lanes[0]);
+    b.sums[row] *= lanes[0];
+    b.maxima[row] = maximum;
+  }
   F32 sums = set1(0.0f);
   for (int i = 0; i < kTileKeys; i += kLanes) {
-    const F32 weight = exp(sub(load(weights + i), set1(maximum)));
+    const F32 weight = exp2_negative(sub(load(weights + i), set1(b.maxima[row])));
     store(weights + i, weight);
     sums = add(sums, weight);
   }
-  if (maximum != b.maxima[row]) {
-    float lanes[kLanes];
-    store(lanes, exp(set1(b.maxima[row] - maximum)));
-    const float shrink = lanes[0];
-    float* out = b.out + row * p.head_dim;
-    for (std::int64_t i = 0; i < p.head_dim; i += kLanes)
-      store(out + i, mul(load(out + i), set1(shrink)));
-    b.sums[row] *= shrink;
-    b.maxima[row] = maximum;
-  }
   b.sums[row] += reduce_add(sums);
+}
+
+// Scores of keys i, i + kStep .. of kLanes rows -> weights; their sum, in the order in which the
+// lanes of a register are added up.
+template <int kStep>
+FULLBEAM_INLINE F32 weigh_keys(float* weights, int i, F32 maximum) {
+  if constexpr (kStep < kLanes) {
+    const F32 low = weigh_keys<2 * kStep>(weights, i, maximum);
+    return add(low, weigh_keys<2 * kStep>(weights, i + kStep, maximum));
+  } else {
+    F32 sum = set1(0.0f);
+    for (; i < kTileKeys; i += kStep) {
+      const F32 weight = exp2_negative(sub(load(weights + i * kMaxRows), maximum));
+      store(weights + i * kMaxRows, weight);
+      sum = add(sum, weight);
+    }
+    return sum;
+  }
+}
+
+// update_row for kLanes rows of many, of which num_rows count. `seen` is null if they see all keys.
+inline void update_rows(const AttentionPrefillParams& p, const AttentionBlock& b, std::int64_t row,
+                        std::int64_t num_rows, const std::uint32_t* seen) {
+  float* weights = b.weights + row;
+  if (p.softcap > 0 || seen != nullptr) {
+    for (int i = 0; i < kTileKeys; ++i) {
+      const F32 score = score_of(p, load(weights + i * kMaxRows));
+      store(weights + i * kMaxRows, seen == nullptr ? score : where_bit(score, seen, i));
+    }
+  }
+  F32 largest[4];
+  for (F32& part : largest) part = set1(-__builtin_inff());
+  for (int i = 0; i < kTileKeys; i += 4) {
+    for (int j = 0; j < 4; ++j) largest[j] = max(load(weights + (i + j) * kMaxRows), largest[j]);
+  }
+  float maxima[kLanes], shrinks[kLanes];
+  store(maxima, max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+  bool has_grown = false;
+  for (int i = 0; i < kLanes; ++i) has_grown |= maxima[i] > b.maxima[row + i] + kSlack;
+  if (has_grown) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (!(maxima[i] > b.maxima[row + i] + kSlack)) maxima[i] = b.maxima[row + i];
+    }
+    const F32 shrink = exp2_negative(sub(load(b.maxima + row), load(maxima)));
+    store(shrinks, shrink);
+    for (std::int64_t i = 0; i < num_rows; ++i) {
+      if (maxima[i] != b.maxima[row + i]) shrink_row(p, b, row + i, shrinks[i]);
+    }
+    store(b.sums + row, mul(load(b.sums + row), shrink));
+    store(b.maxima + row, load(maxima));
+  }
+  const F32 sum = weigh_keys<1>(weights, 0, load(b.maxima + row));
+  store(b.sums + row, add(load(b.sums + row), sum));
 }
 
 // Bits [low, high) of a tile; both may lie outside it.
@@ -310,18 +293,60 @@ inline std::int64_t kv_head_of(const AttentionPrefillParams& p, const QueryRows&
 
 inline void begin_rows(const AttentionPrefillParams& p, const QueryRows& rows,
                        const AttentionBlock& b) {
-  const std::int64_t dim = p.head_dim;
-  for (std::int64_t row = 0; row < rows.count(); ++row) {
-    const float* q = static_cast<const float*>(p.q) +
-                     (rows.token_begin + row / rows.num_heads) * p.q_stride +
-                     (rows.head_begin + row % rows.num_heads) * dim;
-    for (std::int64_t i = 0; i < dim; ++i) {
-      b.q[row * dim + i] = q[i] * p.scale;
-      b.out[row * dim + i] = 0.0f;
+  const std::int64_t dim = p.head_dim, count = rows.count();
+  const auto query = [&](std::int64_t row) {
+    return static_cast<const float*>(p.q) + (rows.token_begin + row / rows.num_heads) * p.q_stride +
+           (rows.head_begin + row % rows.num_heads) * dim;
+  };
+  std::int64_t size = count * dim;
+  if (rows.are_many()) {
+    for (std::int64_t row = 0; row < count; ++row) {
+      for (std::int64_t i = 0; i < dim; i += 16) __builtin_prefetch(query(row) + i);
     }
+    // Lanes beyond the last row repeat it and are never looked at.
+    const std::int64_t num_lanes = (count + kMinCols - 1) / kMinCols * kMinCols;
+    for (std::int64_t row = 0; row < num_lanes; row += 8) {
+      const float* q[8];
+      for (std::int64_t j = 0; j < 8; ++j) q[j] = query(row + j < count ? row + j : count - 1);
+      float* panel = b.q + row / kRegCols * kRegCols * dim + row % kRegCols;
+      for (std::int64_t i = 0; i < dim; i += kTransposed)
+        transpose(q, i, panel + i * kRegCols, kRegCols);
+    }
+    size = (num_lanes + kRegCols - 1) / kRegCols * kRegCols * dim;
+  } else {
+    for (std::int64_t row = 0; row < count; ++row)
+      std::memcpy(b.q + row * dim, query(row), static_cast<std::size_t>(dim) * sizeof(float));
+  }
+  const F32 scale = set1(p.softcap > 0 ? p.scale : p.scale * kLog2E);
+  for (std::int64_t i = 0; i < size; i += kLanes) store(b.q + i, mul(load(b.q + i), scale));
+  std::memset(b.out, 0, static_cast<std::size_t>(count * dim) * sizeof(float));
+  for (int row = 0; row < kMaxRows; ++row) {
     b.maxima[row] = -__builtin_inff();
     b.sums[row] = 0.0f;
   }
+}
+
+// b.seen by rows; whether all rows see all keys of the tile.
+inline bool spread_seen(const QueryRows& rows, const AttentionBlock& b) {
+  std::uint32_t all = ~std::uint32_t{0};
+  std::int64_t row = 0;
+  for (std::int64_t token = 0; token < rows.num_tokens; ++token) {
+    for (std::int64_t head = 0; head < rows.num_heads; ++head) b.row_seen[row++] = b.seen[token];
+    all &= b.seen[token];
+  }
+  for (; row < kMaxRows; ++row) b.row_seen[row] = 0;
+  return all == ~std::uint32_t{0};
+}
+
+// Keys from the first to the last that any of the rows [row, row + num_rows) sees.
+struct KeyRange {
+  std::int64_t begin, end;
+};
+inline KeyRange seen_by(const AttentionBlock& b, std::int64_t row, std::int64_t num_rows) {
+  std::uint32_t any = 0;
+  for (std::int64_t i = row; i < row + num_rows; ++i) any |= b.row_seen[i];
+  if (any == 0) return {0, 0};
+  return {__builtin_ctz(any), kTileKeys - __builtin_clz(any)};
 }
 
 // The tile of keys [first, first + count) -> weights of all rows, by b.seen.
@@ -329,13 +354,27 @@ template <class T>
 void weigh_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
                 const QueryRows& rows, std::int64_t first, std::int64_t count,
                 const AttentionBlock& b) {
+  const std::int64_t dim = p.head_dim, num_rows = rows.count();
+  const bool see_all = spread_seen(rows, b);
+  if (!rows.are_many()) {
+    load_key_columns<T>(p, page_table, kv_head_of(p, rows), first, count, b);
+    for (std::int64_t col = 0; col < count; col += kRegCols) {
+      multiply_panel<false, Order::rows>(num_rows, kRegCols, b.q, dim, b.k_tile + col, kTileKeys,
+                                         dim, b.weights + col, kTileKeys);
+    }
+    for (std::int64_t row = 0; row < num_rows; ++row) update_row(p, b, row, b.row_seen[row]);
+    return;
+  }
   load_keys<T>(p, page_table, kv_head_of(p, rows), first, count, b);
-  const std::int64_t num_cols = (count + kMinCols - 1) / kMinCols * kMinCols;
-  multiply<false>(rows.count(), b.q, p.head_dim, b.k_tile, kTileKeys, p.head_dim, num_cols,
-                  b.weights, kTileKeys);
-  for (std::int64_t token = 0, row = 0; token < rows.num_tokens; ++token) {
-    for (std::int64_t head = 0; head < rows.num_heads; ++head, ++row)
-      update_row(p, b, row, b.seen[token]);
+  for (std::int64_t row = 0; row < num_rows; row += kRegCols) {
+    const std::int64_t num_keys = see_all ? count : seen_by(b, row, kRegCols).end;
+    multiply_panel<false, Order::rows>(num_keys, num_rows - row <= kMinCols ? kMinCols : kRegCols,
+                                       b.k_tile, dim, b.q + row * dim, kRegCols, dim,
+                                       b.weights + row, kMaxRows);
+  }
+  for (std::int64_t row = 0; row < num_rows; row += kLanes) {
+    const std::int64_t left = num_rows - row;
+    update_rows(p, b, row, left < kLanes ? left : kLanes, see_all ? nullptr : b.row_seen + row);
   }
 }
 
@@ -359,9 +398,16 @@ void add_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
     if (first + kTileKeys < num_keys)
       prefetch_tile<T>(p, page_table, kv_head_of(p, rows), first + kTileKeys);
     weigh_tile<T>(p, page_table, rows, first, count, b);
-    const T* values =
-        load_values<T>(p, page_table, kv_head_of(p, rows), first, count, rows.count(), b);
-    add_values(p, values, 0, rows.count(), 0, count, b);
+    const T* values = load_values<T>(p, page_table, rows, kv_head_of(p, rows), first, count, b);
+    if (count == kTileKeys && spread_seen(rows, b)) {
+      add_values(p, values, rows, 0, rows.count(), 0, count, b);
+    } else {
+      for (std::int64_t row = 0; row < rows.count(); row += kRegRows) {
+        const std::int64_t left = rows.count() - row, num_rows = left < kRegRows ? left : kRegRows;
+        const KeyRange keys = seen_by(b, row, num_rows);
+        add_values(p, values, rows, row, num_rows, keys.begin, keys.end - keys.begin, b);
+      }
+    }
   }
 }
 
@@ -378,12 +424,11 @@ inline void finish_rows(const AttentionPrefillParams& p, const QueryRows& rows,
   }
 }
 
-// Calls fn(s, end, rows, b) for blocks of the query rows of each sequence s, whose last row is end
-// -
-// 1. A work item is (sequence, block of tokens, KV head), its query heads cut in parts where they
-// are more than a block holds or where there are fewer items than threads. Threads take items as
-// they become free, last tokens first, since those see most keys. Each thread has a block of its
-// own in the caller's scratch memory.
+// Calls fn(s, end, rows, b) for blocks of the query rows of each sequence s, whose last row is
+// end - 1. A work item is (sequence, block of tokens, KV head). Where items are few for the
+// threads, blocks are smaller, down to kLeastRows, and then query heads are cut in parts. Threads
+// take items as they become free, last tokens first, since those see most keys. Each thread has a
+// block of its own in the caller's scratch memory.
 template <class Fn>
 void for_each_block(const AttentionPrefillParams& p, const Fn& fn) {
   const std::int64_t group = p.num_q_heads / p.num_kv_heads;
@@ -391,17 +436,24 @@ void for_each_block(const AttentionPrefillParams& p, const Fn& fn) {
     return p.query_starts == nullptr ? s : std::int64_t{p.query_starts[s]};
   };
   const int threads = num_threads();
-  std::int64_t parts = (group + kMaxRows - 1) / kMaxRows, num_heads, num_tokens, num_items;
+  std::int64_t parts = (group + kMaxRows - 1) / kMaxRows, max_rows = kMaxRows;
+  std::int64_t num_heads, num_tokens, num_items;
   const auto blocks_of = [&](std::int64_t s) {
     return (row_of(s + 1) - row_of(s) + num_tokens - 1) / num_tokens;
   };
-  for (;; ++parts) {
+  for (;;) {
     num_heads = (group + parts - 1) / parts;
-    num_tokens = kMaxRows / num_heads;
+    num_tokens = max_rows > num_heads ? max_rows / num_heads : 1;
     num_items = 0;
     for (std::int64_t s = 0; s < p.num_seqs; ++s) num_items += blocks_of(s);
     num_items *= p.num_kv_heads * parts;
-    if (parts >= group || num_items >= threads) break;
+    if (num_items < 4 * threads && max_rows > kLeastRows) {
+      max_rows /= 2;
+    } else if (num_items < threads && parts < group) {
+      ++parts;
+    } else {
+      break;
+    }
   }
   const std::int64_t block_floats = AttentionBlock::floats(p.head_dim);
   auto* memory = static_cast<float*>(scratch(threads * block_floats * 4));

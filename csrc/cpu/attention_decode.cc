@@ -38,8 +38,8 @@ void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& 
     }
     if (any == 0) continue;
     weigh_tile<T>(p, page_table, rows, p.slot_starts[s] + first, count, b);
-    const T* values = load_values<T>(p, page_table, kv_head_of(p, rows), p.slot_starts[s] + first,
-                                     count, rows.count(), b);
+    const T* values = load_values<T>(p, page_table, rows, kv_head_of(p, rows),
+                                     p.slot_starts[s] + first, count, b);
     for (std::int64_t token = 0, next; token < rows.num_tokens; token = next) {
       const std::uint32_t seen = b.seen[token];
       for (next = token + 1; next < rows.num_tokens && b.seen[next] == seen;) ++next;
@@ -48,7 +48,7 @@ void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& 
         const bool is_seen = (seen >> slot & 1u) != 0;
         for (end = slot + 1; end < count && ((seen >> end & 1u) != 0) == is_seen;) ++end;
         if (!is_seen) continue;
-        add_values(p, values, row, (next - token) * rows.num_heads, slot, end - slot, b);
+        add_values(p, values, rows, row, (next - token) * rows.num_heads, slot, end - slot, b);
       }
     }
   }

@@ -140,21 +140,6 @@ inline ScannedRow scan(const float* row, std::int64_t size, float* block_max, fl
   return {finite, size, block_max, scan_row(finite, size, block_max), true};
 }
 
-// 2^y for y <= 0 within 3 ulp; 0 below -126, and for NaN. Half the steps of vec.h's exp.
-inline F32 exp2_negative(F32 y) {
-  const F32 capped = max(y, set1(-126.0f));
-  const F32 n = round(capped);
-  const F32 r = sub(capped, n);
-  F32 p = set1(1.535335759e-4f);  // our fit of (2^r - 1) / r on |r| <= 1/2, relative error 2e-9
-  p = fma(p, r, set1(1.339887618e-3f));
-  p = fma(p, r, set1(9.618437849e-3f));
-  p = fma(p, r, set1(5.550332367e-2f));
-  p = fma(p, r, set1(2.402264774e-1f));
-  p = fma(p, r, set1(6.931471825e-1f));
-  p = fma(p, r, set1(1.0f));
-  return zero_below(mul(p, exp2_whole(n)), y, set1(-126.0f));
-}
-
 // The softmax weight e^((x - top) / temperature); `rate` is log2(e) / temperature.
 inline F32 weight_of(F32 x, float top, float rate) {
   return exp2_negative(mul(sub(x, set1(top)), set1(rate)));

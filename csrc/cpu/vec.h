@@ -112,14 +112,20 @@ inline F32 round(F32 a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline bool has_nan(F32 a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
-// 2^n for whole n in [-126, 127]
-inline F32 exp2_whole(F32 n) {
+// a * 2^n for whole n, where neither a nor the product is subnormal, infinite or NaN
+inline F32 times_exp2(F32 a, F32 n) {
   return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+      _mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
 }
 // value where x >= bound, else zero (also where x is NaN)
 inline F32 zero_below(F32 value, F32 x, F32 bound) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), value);
+}
+// value where this bit of the lane's word is set, else -infinity
+inline F32 where_bit(F32 value, const std::uint32_t* words, int bit) {
+  const __mmask16 is_set =
+      _mm512_test_epi32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(1 << bit));
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), is_set, value);
 }
 
 #elif defined(FULLBEAM_ISA_avx2)
@@ -150,12 +156,19 @@ inline F32 round(F32 a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 inline bool has_nan(F32 a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
-inline F32 exp2_whole(F32 n) {
+inline F32 times_exp2(F32 a, F32 n) {
   return _mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+      _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 inline F32 zero_below(F32 value, F32 x, F32 bound) {
   return _mm256_and_ps(value, _mm256_cmp_ps(x, bound, _CMP_GE_OQ));
+}
+inline F32 where_bit(F32 value, const std::uint32_t* words, int bit) {
+  const __m256i wanted = _mm256_set1_epi32(1 << bit);
+  const __m256i found =
+      _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), wanted);
+  return _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), value,
+                          _mm256_castsi256_ps(_mm256_cmpeq_epi32(found, wanted)));
 }
 
 #else
@@ -189,13 +202,19 @@ inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 // Adding and taking away 1.5 * 2^23 leaves the nearest whole number, for |a| < 2^22.
 inline F32 round(F32 a) { return (a + set1(12582912.0f)) - set1(12582912.0f); }
 inline bool has_nan(F32 a) { return a[0] != a[0] || a[1] != a[1] || a[2] != a[2] || a[3] != a[3]; }
-inline F32 exp2_whole(F32 n) {
-  const I32 bits = (__builtin_convertvector(n, I32) + 127) << 23;
-  F32 result;
-  std::memcpy(&result, &bits, 16);
-  return result;
+inline F32 times_exp2(F32 a, F32 n) {
+  I32 bits;
+  std::memcpy(&bits, &a, 16);
+  bits += __builtin_convertvector(n, I32) * (1 << 23);
+  std::memcpy(&a, &bits, 16);
+  return a;
 }
 inline F32 zero_below(F32 value, F32 x, F32 bound) { return x >= bound ? value : set1(0.0f); }
+inline F32 where_bit(F32 value, const std::uint32_t* words, int bit) {
+  I32 lanes;
+  std::memcpy(&lanes, words, 16);
+  return (lanes >> bit & 1) != 0 ? value : set1(-__builtin_inff());
+}
 
 #endif
 
@@ -260,7 +279,22 @@ inline F32 exp(F32 x) {
   p = fma(p, r, set1(0.5f));
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
-  return zero_below(mul(p, exp2_whole(n)), x, floor_x);
+  return zero_below(times_exp2(p, n), x, floor_x);
+}
+
+// 2^y for y <= 0 within 3 ulp; 0 below -126, and for NaN. Half the steps of exp.
+inline F32 exp2_negative(F32 y) {
+  const F32 capped = max(y, set1(-126.0f));
+  const F32 n = round(capped);
+  const F32 r = sub(capped, n);
+  F32 p = set1(1.535335759e-4f);  // our fit of (2^r - 1) / r on |r| <= 1/2, relative error 2e-9
+  p = fma(p, r, set1(1.339887618e-3f));
+  p = fma(p, r, set1(9.618437849e-3f));
+  p = fma(p, r, set1(5.550332367e-2f));
+  p = fma(p, r, set1(2.402264774e-1f));
+  p = fma(p, r, set1(6.931471825e-1f));
+  p = fma(p, r, set1(1.0f));
+  return zero_below(times_exp2(p, n), y, set1(-126.0f));
 }
 
 // tanh(x) = 1 - 2 / (e^2x + 1)

@@ -122,6 +122,22 @@ inline F maskz_mov_ps(Mask mask, F a) {
   return loadu_ps(lanes);
 }
 
+inline F mask_mov_ps(F otherwise, Mask mask, F a) {
+  float lanes[16], kept[16];
+  storeu_ps(lanes, otherwise);
+  storeu_ps(kept, a);
+  for (int i = 0; i < 16; ++i) lanes[i] = (mask >> i & 1) != 0 ? kept[i] : lanes[i];
+  return loadu_ps(lanes);
+}
+inline Mask test_epi32_mask(I a, I b) {
+  std::int32_t words_a[16], words_b[16];
+  std::memcpy(words_a, &a, 64);
+  std::memcpy(words_b, &b, 64);
+  Mask mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<Mask>((words_a[i] & words_b[i]) != 0) << i;
+  return mask;
+}
+
 inline I add_epi32(I a, I b) {
   return of_halves(_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1]));
 }
@@ -218,6 +234,7 @@ inline __m256i cvtps_ph(F a) {
 #define _mm512_fmadd_ps simulated::fmadd_ps
 #define _mm512_loadu_ps simulated::loadu_ps
 #define _mm512_loadu_si512 simulated::loadu_si512
+#define _mm512_mask_mov_ps simulated::mask_mov_ps
 #define _mm512_maskz_compress_epi32 (simulated::maskz_compress<int, simulated::I>)
 #define _mm512_maskz_compress_ps (simulated::maskz_compress<float, simulated::F>)
 #define _mm512_maskz_mov_ps simulated::maskz_mov_ps
@@ -238,3 +255,4 @@ inline __m256i cvtps_ph(F a) {
 #define _mm512_storeu_si512 simulated::storeu_si512
 #define _mm512_sub_epi32 simulated::sub_epi32
 #define _mm512_sub_ps simulated::sub_ps
+#define _mm512_test_epi32_mask simulated::test_epi32_mask
