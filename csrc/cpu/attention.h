@@ -20,6 +20,7 @@ namespace {
 constexpr int kTileKeys = 32;  // a bit each in a word
 constexpr int kMaxRows = 128;  // query rows of a block
 constexpr int kLeastRows = 32;
+constexpr int kFewRows = 8;  // up to here the lanes are keys
 constexpr float kLog2E = 1.44269504f;
 constexpr float kSlack = 8.0f;  // a row's maximum stays while no score is above it by more
 
@@ -27,16 +28,16 @@ constexpr float kSlack = 8.0f;  // a row's maximum stays while no score is above
 struct QueryRows {
   std::int64_t token_begin, num_tokens, head_begin, num_heads;
   std::int64_t count() const { return num_tokens * num_heads; }
-  bool are_many() const { return count() > kRegRows; }
+  bool are_many() const { return count() > kFewRows; }
 };
 
 // Memory of one thread's block. Panels are kRegCols columns wide, [.., kRegCols] each.
 struct AttentionBlock {
-  float* q;                 // scaled; many: panels of [head_dim, rows]; else [kRegRows, head_dim]
+  float* q;                 // scaled; many: panels of [head_dim, rows]; else [kFewRows, head_dim]
   float* out;               // [kMaxRows, head_dim]
   float* k_tile;            // many: [kTileKeys, head_dim]; else [head_dim, kTileKeys]
   float* v_tile;            // panels of [kTileKeys, head_dim]
-  float* weights;           // many: [kTileKeys, kMaxRows]; else [kRegRows, kTileKeys]
+  float* weights;           // many: [kTileKeys, kMaxRows]; else [kFewRows, kTileKeys]
   float* maxima;            // [kMaxRows]
   float* sums;              // [kMaxRows]
   std::uint32_t* row_seen;  // [kMaxRows]: seen, by rows
@@ -63,118 +64,76 @@ struct AttentionBlock {
   }
 };
 
-// Where a key of this position lies: element offset from the start of its pages.
-inline std::int64_t page_offset(const AttentionPrefillParams& p, const std::int32_t* page_table,
-                                std::int64_t page_stride, std::int64_t kv_head,
-                                std::int64_t position) {
-  const std::int64_t page = page_table[position / p.page_size];
-  return page * page_stride + (kv_head * p.page_size + position % p.page_size) * p.head_dim;
-}
-
-// Keys [first, first + count) of one sequence and KV head as float32; the rest of the tile is not
-// to be used.
+// Where the keys and values of a tile lie.
 template <class T>
-void load_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
-               std::int64_t kv_head, std::int64_t first, std::int64_t count,
-               const AttentionBlock& b) {
-  const std::int64_t dim = p.head_dim;
-  for (std::int64_t key = 0; key < count; ++key) {
-    const T* k = static_cast<const T*>(p.k_pages) +
-                 page_offset(p, page_table, p.k_page_stride, kv_head, first + key);
-    for (std::int64_t i = 0; i < dim; i += kLanes) store(b.k_tile + key * dim + i, load(k + i));
-  }
-}
+struct TileRows {
+  const T* keys[kTileKeys];  // those beyond the last are the last
+  const T* values[kTileKeys];
+};
 
-// The same, transposed.
+// Of `count` keys from position `first` on, at least one.
 template <class T>
-void load_key_columns(const AttentionPrefillParams& p, const std::int32_t* page_table,
-                      std::int64_t kv_head, std::int64_t first, std::int64_t count,
-                      const AttentionBlock& b) {
-  for (std::int64_t key = 0; key < kTileKeys; key += 8) {
-    const T* k[8];
-    for (std::int64_t j = 0; j < 8; ++j) {
-      // A key beyond the last is read as the last and never counts: its score is masked, whatever
-      // it is.
-      const std::int64_t wanted = key + j < count ? key + j : count - 1;
-      k[j] = static_cast<const T*>(p.k_pages) +
-             page_offset(p, page_table, p.k_page_stride, kv_head, first + wanted);
-    }
-    for (std::int64_t i = 0; i < p.head_dim; i += kTransposed)
-      transpose(k, i, b.k_tile + i * kTileKeys + key, kTileKeys);
-  }
-}
-
-// The values of the same keys: where they lie, if that is in one piece and so few rows meet them
-// that each is widened once all the same; else null, and as float32 in v_tile.
-template <class T>
-const T* load_values(const AttentionPrefillParams& p, const std::int32_t* page_table,
-                     const QueryRows& rows, std::int64_t kv_head, std::int64_t first,
-                     std::int64_t count, const AttentionBlock& b) {
-  const std::int64_t dim = p.head_dim;
-  const T* pages = static_cast<const T*>(p.v_pages);
-  if (!rows.are_many() && first % p.page_size + count <= p.page_size)
-    return pages + page_offset(p, page_table, p.v_page_stride, kv_head, first);
-  for (std::int64_t key = 0; key < count; ++key) {
-    const T* v = pages + page_offset(p, page_table, p.v_page_stride, kv_head, first + key);
-    for (std::int64_t col = 0; col < dim; col += kRegCols) {
-      float* panel = b.v_tile + col * kTileKeys + key * kRegCols;
-      const std::int64_t num_cols = dim - col < kRegCols ? dim - col : kRegCols;
-      for (std::int64_t i = 0; i < num_cols; i += kLanes) store(panel + i, load(v + col + i));
+void find_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
+               std::int64_t kv_head, std::int64_t first, std::int64_t count, TileRows<T>* tile) {
+  std::int64_t entry = first / p.page_size, in_page = first % p.page_size;
+  for (std::int64_t key = 0; key < count; ++entry, in_page = 0) {
+    const std::int64_t page = page_table[entry];
+    const std::int64_t offset = (kv_head * p.page_size + in_page) * p.head_dim;
+    const T* k = static_cast<const T*>(p.k_pages) + page * p.k_page_stride + offset;
+    const T* v = static_cast<const T*>(p.v_pages) + page * p.v_page_stride + offset;
+    const std::int64_t left = p.page_size - in_page, end = count - key < left ? count : key + left;
+    for (; key < end; ++key, k += p.head_dim, v += p.head_dim) {
+      tile->keys[key] = k;
+      tile->values[key] = v;
     }
   }
-  return nullptr;
-}
-
-template <Order kOrder, class T>
-void add_weighted(const AttentionPrefillParams& p, const T* values, std::int64_t row,
-                  std::int64_t num_rows, std::int64_t key, std::int64_t count,
-                  const AttentionBlock& b) {
-  const std::int64_t dim = p.head_dim;
-  const bool by_rows = kOrder == Order::rows;
-  const std::int64_t stride = by_rows ? kTileKeys : kMaxRows;
-  const float* weights = b.weights + (by_rows ? row * kTileKeys + key : key * kMaxRows + row);
-  for (std::int64_t col = 0; col < dim; col += kRegCols) {
-    float* out = b.out + row * dim + col;
-    if (values != nullptr) {
-      multiply_panel<true, kOrder>(num_rows, dim - col, weights, stride, values + key * dim + col,
-                                   dim, count, out, dim);
-    } else {
-      multiply_panel<true, kOrder>(num_rows, dim - col, weights, stride,
-                                   b.v_tile + col * kTileKeys + key * kRegCols, kRegCols, count,
-                                   out, dim);
-    }
+  for (std::int64_t key = count; key < kTileKeys; ++key) {
+    tile->keys[key] = tile->keys[count - 1];
+    tile->values[key] = tile->values[count - 1];
   }
 }
+
+// Keys that lie transposed; a line of the next tile's keys is asked for with each row.
+template <class T>
+struct KeyColumns {
+  const float* columns;
+  const T* const* next;
+  FULLBEAM_INLINE const float* row(std::int64_t k) const {
+    __builtin_prefetch(next[k % kTileKeys] + k / kTileKeys * kTileKeys, 0, 2);
+    return columns + k * kTileKeys;
+  }
+};
+
+// Values where they lie, and the next tile's likewise.
+template <class T>
+struct ValueRows {
+  const T* const* values;
+  const T* const* next;
+  std::int64_t col;
+  FULLBEAM_INLINE const T* row(std::int64_t k) const {
+    __builtin_prefetch(next[k] + col, 0, 2);
+    return values[k] + col;
+  }
+};
 
 // out of rows [row, row + num_rows) of the block += their weights of keys [key, key + count) of the
 // tile * values.
 template <class T>
-void add_values(const AttentionPrefillParams& p, const T* values, const QueryRows& rows,
-                std::int64_t row, std::int64_t num_rows, std::int64_t key, std::int64_t count,
-                const AttentionBlock& b) {
-  if (rows.are_many()) {
-    add_weighted<Order::columns>(p, values, row, num_rows, key, count, b);
-  } else {
-    add_weighted<Order::rows>(p, values, row, num_rows, key, count, b);
-  }
-}
-
-// Asks for a tile's keys and values, into L2, if they lie in one piece. Measured on Zen 4 with KV
-// in memory: decode in 0.79-0.96 of the time. (Inlined: GCC drops calls that only prefetch.)
-template <class T>
-FULLBEAM_INLINE void prefetch_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
-                                   std::int64_t kv_head, std::int64_t first) {
-  if (first % p.page_size + kTileKeys > p.page_size) return;
-  const std::int64_t num_bytes = kTileKeys * p.head_dim * static_cast<std::int64_t>(sizeof(T));
-  const auto* k =
-      reinterpret_cast<const char*>(static_cast<const T*>(p.k_pages) +
-                                    page_offset(p, page_table, p.k_page_stride, kv_head, first));
-  const auto* v =
-      reinterpret_cast<const char*>(static_cast<const T*>(p.v_pages) +
-                                    page_offset(p, page_table, p.v_page_stride, kv_head, first));
-  for (std::int64_t i = 0; i < num_bytes; i += 64) {
-    __builtin_prefetch(k + i, 0, 2);
-    __builtin_prefetch(v + i, 0, 2);
+void add_values(const AttentionPrefillParams& p, const TileRows<T>& tile, const TileRows<T>& next,
+                const QueryRows& rows, std::int64_t row, std::int64_t num_rows, std::int64_t key,
+                std::int64_t count, const AttentionBlock& b) {
+  const std::int64_t dim = p.head_dim;
+  for (std::int64_t col = 0; col < dim; col += kRegCols) {
+    float* out = b.out + row * dim + col;
+    if (rows.are_many()) {
+      const Strided<float> values{b.v_tile + col * kTileKeys + key * kRegCols, kRegCols};
+      multiply_panel<true, Order::columns>(num_rows, dim - col, b.weights + key * kMaxRows + row,
+                                           kMaxRows, values, count, out, dim);
+    } else {
+      const ValueRows<T> values{tile.values + key, next.values + key, col};
+      multiply_panel<true, Order::rows>(num_rows, dim - col, b.weights + row * kTileKeys + key,
+                                        kTileKeys, values, count, out, dim);
+    }
   }
 }
 
@@ -349,27 +308,37 @@ inline KeyRange seen_by(const AttentionBlock& b, std::int64_t row, std::int64_t 
   return {__builtin_ctz(any), kTileKeys - __builtin_clz(any)};
 }
 
-// The tile of keys [first, first + count) -> weights of all rows, by b.seen.
+// A tile of `count` keys -> weights of all rows, by b.seen. The keys, and the values of rows that
+// are many, become float32; the next tile's are asked for.
 template <class T>
-void weigh_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
-                const QueryRows& rows, std::int64_t first, std::int64_t count,
-                const AttentionBlock& b) {
+void weigh_tile(const AttentionPrefillParams& p, const TileRows<T>& tile, const TileRows<T>& next,
+                const QueryRows& rows, std::int64_t count, const AttentionBlock& b) {
   const std::int64_t dim = p.head_dim, num_rows = rows.count();
   const bool see_all = spread_seen(rows, b);
   if (!rows.are_many()) {
-    load_key_columns<T>(p, page_table, kv_head_of(p, rows), first, count, b);
+    for (std::int64_t key = 0; key < count; key += 8) {
+      for (std::int64_t i = 0; i < dim; i += kTransposed)
+        transpose(tile.keys + key, i, b.k_tile + i * kTileKeys + key, kTileKeys);
+    }
     for (std::int64_t col = 0; col < count; col += kRegCols) {
-      multiply_panel<false, Order::rows>(num_rows, kRegCols, b.q, dim, b.k_tile + col, kTileKeys,
-                                         dim, b.weights + col, kTileKeys);
+      multiply_panel<false, Order::rows>(num_rows, count - col, b.q, dim,
+                                         KeyColumns<T>{b.k_tile + col, next.keys}, dim,
+                                         b.weights + col, kTileKeys);
     }
     for (std::int64_t row = 0; row < num_rows; ++row) update_row(p, b, row, b.row_seen[row]);
     return;
   }
-  load_keys<T>(p, page_table, kv_head_of(p, rows), first, count, b);
+  for (std::int64_t key = 0; key < count; ++key) {
+    for (std::int64_t i = 0; i < dim; i += kLanes) {
+      store(b.k_tile + key * dim + i, load(tile.keys[key] + i));
+      const std::int64_t panel = i / kRegCols * kRegCols;
+      store(b.v_tile + panel * kTileKeys + key * kRegCols + i - panel, load(tile.values[key] + i));
+    }
+  }
   for (std::int64_t row = 0; row < num_rows; row += kRegCols) {
     const std::int64_t num_keys = see_all ? count : seen_by(b, row, kRegCols).end;
-    multiply_panel<false, Order::rows>(num_keys, num_rows - row <= kMinCols ? kMinCols : kRegCols,
-                                       b.k_tile, dim, b.q + row * dim, kRegCols, dim,
+    multiply_panel<false, Order::rows>(num_keys, num_rows - row, b.k_tile, dim,
+                                       Strided<float>{b.q + row * dim, kRegCols}, dim,
                                        b.weights + row, kMaxRows);
   }
   for (std::int64_t row = 0; row < num_rows; row += kLanes) {
@@ -387,25 +356,31 @@ void add_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
     earliest = b.positions[token] < earliest ? b.positions[token] : earliest;
   const std::int64_t first_seen =
       p.window > 0 && earliest >= p.window ? earliest - p.window + 1 : 0;
-  for (std::int64_t first = first_seen / kTileKeys * kTileKeys; first < num_keys;
-       first += kTileKeys) {
-    const std::int64_t count = num_keys - first < kTileKeys ? num_keys - first : kTileKeys;
+  const auto count_from = [&](std::int64_t first) {
+    return num_keys - first < kTileKeys ? num_keys - first : kTileKeys;
+  };
+  TileRows<T> tile, next;
+  std::int64_t first = first_seen / kTileKeys * kTileKeys;
+  if (first >= num_keys) return;
+  find_tile(p, page_table, kv_head_of(p, rows), first, count_from(first), &next);
+  for (; first < num_keys; first += kTileKeys) {
+    const std::int64_t count = count_from(first), then = first + kTileKeys;
     for (std::int64_t token = 0; token < rows.num_tokens; ++token) {
       const std::int64_t end = b.positions[token] + 1;
       b.seen[token] = key_bits(p.window > 0 ? end - p.window - first : 0,
                                (end < num_keys ? end : num_keys) - first);
     }
-    if (first + kTileKeys < num_keys)
-      prefetch_tile<T>(p, page_table, kv_head_of(p, rows), first + kTileKeys);
-    weigh_tile<T>(p, page_table, rows, first, count, b);
-    const T* values = load_values<T>(p, page_table, rows, kv_head_of(p, rows), first, count, b);
+    tile = next;
+    if (then < num_keys)
+      find_tile(p, page_table, kv_head_of(p, rows), then, count_from(then), &next);
+    weigh_tile(p, tile, next, rows, count, b);
     if (count == kTileKeys && spread_seen(rows, b)) {
-      add_values(p, values, rows, 0, rows.count(), 0, count, b);
+      add_values(p, tile, next, rows, 0, rows.count(), 0, count, b);
     } else {
       for (std::int64_t row = 0; row < rows.count(); row += kRegRows) {
         const std::int64_t left = rows.count() - row, num_rows = left < kRegRows ? left : kRegRows;
         const KeyRange keys = seen_by(b, row, num_rows);
-        add_values(p, values, rows, row, num_rows, keys.begin, keys.end - keys.begin, b);
+        add_values(p, tile, next, rows, row, num_rows, keys.begin, keys.end - keys.begin, b);
       }
     }
   }

@@ -28,6 +28,7 @@ template <class T>
 void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& rows,
                const AttentionBlock& b) {
   const std::int32_t* page_table = p.page_table + s * p.max_pages;
+  TileRows<T> tile;
   for (std::int64_t first = 0; first < p.num_slots[s]; first += kTileKeys) {
     const std::int64_t left = p.num_slots[s] - first;
     const std::int64_t count = left < kTileKeys ? left : kTileKeys;
@@ -37,9 +38,8 @@ void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& 
       any |= b.seen[token];
     }
     if (any == 0) continue;
-    weigh_tile<T>(p, page_table, rows, p.slot_starts[s] + first, count, b);
-    const T* values = load_values<T>(p, page_table, rows, kv_head_of(p, rows),
-                                     p.slot_starts[s] + first, count, b);
+    find_tile(p, page_table, kv_head_of(p, rows), p.slot_starts[s] + first, count, &tile);
+    weigh_tile(p, tile, tile, rows, count, b);
     for (std::int64_t token = 0, next; token < rows.num_tokens; token = next) {
       const std::uint32_t seen = b.seen[token];
       for (next = token + 1; next < rows.num_tokens && b.seen[next] == seen;) ++next;
@@ -48,7 +48,7 @@ void add_slots(const AttentionDecodeParams& p, std::int64_t s, const QueryRows& 
         const bool is_seen = (seen >> slot & 1u) != 0;
         for (end = slot + 1; end < count && ((seen >> end & 1u) != 0) == is_seen;) ++end;
         if (!is_seen) continue;
-        add_values(p, values, rows, row, (next - token) * rows.num_heads, slot, end - slot, b);
+        add_values(p, tile, tile, rows, row, (next - token) * rows.num_heads, slot, end - slot, b);
       }
     }
   }

@@ -21,11 +21,18 @@ constexpr int kMinCols = 16;
 // How `a` lies: a[row * stride + k], or by columns a[k * stride + row].
 enum class Order { rows, columns };
 
+// Rows of `b`, one behind the other.
+template <class T>
+struct Strided {
+  const T* data;
+  std::int64_t stride;
+  FULLBEAM_INLINE const T* row(std::int64_t k) const { return data + k * stride; }
+};
+
 // c[kRows, kCols] (+)= a[kRows, n] * b[n, kCols].
-template <int kRows, int kCols, bool kAdd, Order kOrder, class T>
-FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const T* b,
-                                   std::int64_t b_stride, std::int64_t n, float* c,
-                                   std::int64_t c_stride) {
+template <int kRows, int kCols, bool kAdd, Order kOrder, class B>
+FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const B& b,
+                                   std::int64_t n, float* c, std::int64_t c_stride) {
   constexpr int kParts = kCols / kLanes;
   F32 acc[kRows][kParts];
 #pragma GCC unroll 8
@@ -35,9 +42,10 @@ FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const 
       acc[r][i] = kAdd ? load(c + r * c_stride + i * kLanes) : set1(0.0f);
   }
   for (std::int64_t k = 0; k < n; ++k) {
+    const auto* b_row = b.row(k);
     F32 row[kParts];
 #pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) row[i] = load(b + k * b_stride + i * kLanes);
+    for (int i = 0; i < kParts; ++i) row[i] = load(b_row + i * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const F32 value = set1(kOrder == Order::rows ? a[r * a_stride + k] : a[k * a_stride + r]);
@@ -53,30 +61,28 @@ FULLBEAM_INLINE void multiply_tile(const float* a, std::int64_t a_stride, const 
 }
 
 // c[num_rows, kCols] (+)= a * b: kRows rows at a time, then the rest.
-template <int kCols, bool kAdd, Order kOrder, int kRows = kRegRows, class T>
-void multiply_rows(std::int64_t num_rows, const float* a, std::int64_t a_stride, const T* b,
-                   std::int64_t b_stride, std::int64_t n, float* c, std::int64_t c_stride) {
+template <int kCols, bool kAdd, Order kOrder, int kRows = kRegRows, class B>
+void multiply_rows(std::int64_t num_rows, const float* a, std::int64_t a_stride, const B& b,
+                   std::int64_t n, float* c, std::int64_t c_stride) {
   for (; num_rows >= kRows; num_rows -= kRows, c += kRows * c_stride) {
-    multiply_tile<kRows, kCols, kAdd, kOrder>(a, a_stride, b, b_stride, n, c, c_stride);
+    multiply_tile<kRows, kCols, kAdd, kOrder>(a, a_stride, b, n, c, c_stride);
     a += kRows * (kOrder == Order::rows ? a_stride : 1);
   }
   if constexpr (kRows > 1) {
-    if (num_rows > 0) {
-      multiply_rows<kCols, kAdd, kOrder, kRows - 1>(num_rows, a, a_stride, b, b_stride, n, c,
-                                                    c_stride);
-    }
+    if (num_rows > 0)
+      multiply_rows<kCols, kAdd, kOrder, kRows - 1>(num_rows, a, a_stride, b, n, c, c_stride);
   }
 }
 
-// c[num_rows, num_cols] (+)= a * b for a panel: up to kRegCols columns, a multiple of kMinCols.
-template <bool kAdd, Order kOrder, class T>
+// c[num_rows, num_cols] (+)= a * b of a panel: kMinCols columns, or kRegCols where there are more.
+template <bool kAdd, Order kOrder, class B>
 inline void multiply_panel(std::int64_t num_rows, std::int64_t num_cols, const float* a,
-                           std::int64_t a_stride, const T* b, std::int64_t b_stride, std::int64_t n,
-                           float* c, std::int64_t c_stride) {
-  if (num_cols >= kRegCols) {
-    multiply_rows<kRegCols, kAdd, kOrder>(num_rows, a, a_stride, b, b_stride, n, c, c_stride);
+                           std::int64_t a_stride, const B& b, std::int64_t n, float* c,
+                           std::int64_t c_stride) {
+  if (num_cols > kMinCols) {
+    multiply_rows<kRegCols, kAdd, kOrder>(num_rows, a, a_stride, b, n, c, c_stride);
   } else {
-    multiply_rows<kMinCols, kAdd, kOrder>(num_rows, a, a_stride, b, b_stride, n, c, c_stride);
+    multiply_rows<kMinCols, kAdd, kOrder>(num_rows, a, a_stride, b, n, c, c_stride);
   }
 }
 
