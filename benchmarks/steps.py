@@ -64,18 +64,18 @@ class TimedDecoder(Decoder):
     """A decoder that adds up the time of each op."""
 
     def __init__(self, other: Decoder) -> None:
-        super().__init__(other.config, other.weights, threads=other.threads)
+        super().__init__(other.config, other.weights, device=other.device)
         self.spent: dict[str, list[float]] = {}  # calls, seconds, bytes, operations
+        self._calls: dict[Any, list[Any]] = {}  # of each shape
         self._names = {id(other.weights.head): "head"}
         for layer in other.weights.layers:
             for name in ("qkv", "attention_out", "up", "down"):
                 self._names[id(getattr(layer, name).weight)] = name
 
-    def _run(self, shape: Any, record: Callable[[], None], stop: _core.Stop | None) -> None:
-        programs: Any = self._programs  # of calls instead of one program each
-        calls = programs.get(shape)
+    def _run(self, shape: Any, record: Callable[[], None], stop: _core.Stop | None) -> bool:
+        calls = self._calls.get(shape)
         if calls is None:
-            calls = programs[shape] = []
+            calls = self._calls[shape] = []
             module: Any = decoder_module
             module.ops = Recorder(calls, self._names)
             try:
@@ -88,6 +88,7 @@ class TimedDecoder(Decoder):
             spent = self.spent.setdefault(title, [0, 0.0, 0, 0])
             for idx, value in enumerate((1, time.perf_counter() - begin, num_bytes, num_ops)):
                 spent[idx] += value
+        return True
 
 
 def batch_of(ids: Any, start: int) -> Batch:

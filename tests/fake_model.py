@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fullbeam.engine.batch import Batch
+from fullbeam.engine.device import CpuDevice
 from fullbeam.params import CompletionParams
 
 PIECES = [b"", b"", b"a", b"b", b"c", b"d", b" ", b"\n", b"ab", b"bc", b"abc", b"cd", b" a", b"dd"]
@@ -92,6 +93,7 @@ class FakeDecoder:
     """Checks every batch, keeps the sizes of all, fails on demand."""
 
     row_cost = 0.1
+    device = CpuDevice(1)
 
     def __init__(self, context_len: int = 512) -> None:
         self.config = SimpleNamespace(vocab_size=VOCAB_SIZE, context_len=context_len)

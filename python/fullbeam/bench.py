@@ -221,7 +221,7 @@ class Bench:
             the weights' bytes and products come to, at the medians.
         """
         report = progress if progress is not None else (lambda share, what: None)
-        threads, load = self._decoder.threads, Load.of(self._decoder.weights)
+        threads, load = self._decoder.device.threads, Load.of(self._decoder.weights)
         ceilings = Ceilings.measure(threads)
         samples: dict[str, list[dict[str, float]]] = {name: [] for name in TASKS}
         turns = [(idx, name) for idx in range(rounds + 1) for name in TASKS]

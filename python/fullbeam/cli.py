@@ -455,7 +455,7 @@ def bench(model: str | None, file: Path | None, rounds: int, threads: int | None
         "fullbeam": __version__,
         "model": opened.name,
         "instruction set": _core.cpu_isa(),
-        "threads": opened.decoder.threads,
+        "threads": opened.decoder.device.threads,
         "rounds": rounds,
     }
     if file is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
-from fullbeam.engine.memory import PAGE_SIZE, available_bytes, plan_kv, return_free_memory
+from fullbeam.engine.memory import PAGE_SIZE, plan_kv, return_free_memory
 from fullbeam.engine.sequence import Event, Request
 from fullbeam.engine.text import Piece, Tokenizer
 from fullbeam.params import CompletionParams
@@ -90,7 +90,8 @@ def load(
         model_context=decoder.config.context_len,
         context=context,
         max_rows=max_rows,
-        available_bytes=available_bytes(),
+        available_bytes=decoder.device.available_bytes(),
+        kv_share=decoder.device.kv_share,
     )
     engine = Engine(
         decoder,

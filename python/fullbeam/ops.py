@@ -220,6 +220,8 @@ def linear(
     x : float32 [num_tokens, cols]
     weight : PackedWeight [rows, cols]
         Quantised parts meet ``x`` quantised to int8 per 32 columns; float parts meet it as it is.
+        Or a tensor of torch, of the dtype of ``x`` and on its device, such as `dequantise` makes:
+        then torch computes, and ``bias`` and ``residual`` have that dtype too.
     bias : float32 [rows]
     residual : float32 [num_tokens, rows]
         ``out`` may be ``residual``.
@@ -227,14 +229,46 @@ def linear(
     Returns
     -------
     float32 [num_tokens, rows]
+        With a tensor as ``weight``, of the dtype of ``x`` unless ``out`` is float32.
 
     Notes
     -----
-    A row of the result is the same bits whatever the other rows are, and however many.
+    With a PackedWeight, a row of the result is the same bits whatever the other rows are, and
+    however many. With a tensor that is up to torch, which chooses a kernel by their number.
     """
+    if hasattr(weight, "addmm"):  # torch
+        return _torch_linear(x, weight, bias, residual, out)
     if out is None:
         out = _new(x, (x.shape[0], weight.shape[0]))
     _core.linear(x, weight, bias, residual, out)
+    return out
+
+
+def _torch_linear(
+    x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None
+) -> Array:
+    import torch
+
+    if out is None:
+        out = x.new_empty((x.shape[0], weight.shape[0]))
+    product = weight.t()
+    if out.dtype != x.dtype:  # sums are kept as they are, in float32
+        if x.is_cuda:
+            torch.mm(x, product, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(x.to(out.dtype), product.to(out.dtype), out=out)
+        if bias is not None:
+            out += bias
+        if residual is not None:
+            out += residual
+    elif residual is not None:
+        torch.addmm(residual, x, product, out=out)
+        if bias is not None:
+            out += bias
+    elif bias is not None:
+        torch.addmm(bias, x, product, out=out)
+    else:
+        torch.mm(x, product, out=out)
     return out
 
 
@@ -514,6 +548,7 @@ def sample(
     frequency_penalty: Array | None = None,
     presence_penalty: Array | None = None,
     num_top: Array | None = None,
+    max_top: int | None = None,
     out: Sample | None = None,
 ) -> Sample:
     """Draw one token per row: edits, temperature, min-p, top-k, top-p, then the draw.
@@ -555,6 +590,8 @@ def sample(
     num_top : int32 [num_rows]
         Best tokens to report besides the drawn one; -1 for no log-probabilities of this row. They
         are those of ``logits``, before the edits, and the same bits as from `logprobs`.
+    max_top : at least the largest of num_top
+        Width of the results; the largest itself unless given.
 
     Returns
     -------
@@ -564,14 +601,15 @@ def sample(
 
     Notes
     -----
-    A row's results are the same bits in any batch. Without ``out``, the largest num_top is read,
+    A row's results are the same bits in any batch. Without ``max_top`` or ``out``, num_top is read,
     which on CUDA waits for the device.
     """
     if out is None:
         num_rows = logits.shape[0]
         out = Sample(_new(logits, (num_rows,), "int32"))
         if num_top is not None:
-            max_top = max(int(num_top.max()), 0) if num_rows else 0
+            if max_top is None:
+                max_top = max(int(num_top.max()), 0) if num_rows else 0
             out = Sample(
                 out.token_ids,
                 _new(logits, (num_rows,)),

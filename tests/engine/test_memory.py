@@ -14,6 +14,7 @@ BASE: dict[str, Any] = {
     "context": None,
     "max_rows": None,
     "available_bytes": 1024 * MIB,
+    "kv_share": 0.5,
 }
 
 
@@ -23,7 +24,7 @@ def test_defaults() -> None:
     assert plan_kv(**{**BASE, "model_context": 1000}).context == 1000
 
 
-def test_pages_stay_within_half_of_the_memory() -> None:
+def test_pages_stay_within_a_share_of_the_memory() -> None:
     plan = plan_kv(**{**BASE, "available_bytes": 64 * MIB})
     assert plan.context == 4096
     assert plan.num_pages * 16 * 1024 <= 32 * MIB

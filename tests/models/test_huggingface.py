@@ -29,20 +29,6 @@ PROMPT_LEN = 12
 IDS = np.random.default_rng(5).integers(0, 256, 100).tolist()  # longer than windows and contexts
 
 
-class FloatKv:
-    """Keys and values in float32, as transformers has them."""
-
-    def __init__(self, config: Any, num_pages: int, page_size: int) -> None:
-        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-        self.keys, self.values = (
-            [np.zeros(shape, np.float32) for _ in range(config.num_layers)] for _ in range(2)
-        )
-
-    def copy_page(self, src: int, dst: int) -> None:
-        for pages in (*self.keys, *self.values):
-            pages[dst] = pages[src]
-
-
 @dataclass(frozen=True)
 class Saved:
     """A model of transformers and the files it was written to."""
@@ -56,7 +42,7 @@ class Saved:
     def open(self, kind: str, context: int | None = None) -> OpenModel:
         path = {"folder": self.folder, "gguf": self.gguf}[kind]
         opened = open_model(path, threads=1, context=context)
-        opened.decoder.allocate_kv = functools.partial(FloatKv, opened.decoder.config)
+        opened.decoder.device.kv_dtype = "float32"
         return opened
 
 

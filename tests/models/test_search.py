@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from beam_oracle import CASES, MIN_GAP, Gaps, random_prompts, tiny_oracle, token_logprobs, torch
@@ -27,20 +26,6 @@ MAX_TOKENS = 16
 GOLDENS = Path(__file__).parent / "data" / "group_beam_goldens.json"
 
 Found = tuple[list[int], float]  # token ids, and what they are ranked by
-
-
-class FloatKv:
-    """Keys and values in float32: rounded to float16, those of two programs differ by its steps."""
-
-    def __init__(self, config: Any, num_pages: int, page_size: int) -> None:
-        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-        self.keys, self.values = (
-            [np.zeros(shape, np.float32) for _ in range(config.num_layers)] for _ in range(2)
-        )
-
-    def copy_page(self, src: int, dst: int) -> None:
-        for pages in (*self.keys, *self.values):
-            pages[dst] = pages[src]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,7 +46,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
         tiny = CASES[name]
         path = tmp_path_factory.mktemp("tiny") / f"{name}.gguf"
         opened = open_model(tiny.write(path, tiny.weights(seed)), threads=1)
-        opened.decoder.allocate_kv = functools.partial(FloatKv, opened.decoder.config)
+        opened.decoder.device.kv_dtype = "float32"
         engine = Engine(
             opened.decoder, opened.tokenizer, context=64, max_rows=128, page_size=8, num_pages=512
         )

@@ -3,25 +3,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fullbeam.engine.batch import FloatArray
+from fullbeam import ops
+from fullbeam.engine.device import Device, Results
 from fullbeam.engine.logits import MaskStack, bias_options, history_options, logprobs_of
 from fullbeam.engine.scheduler import Selection, Work
-from fullbeam.engine.search import Expansion, expand
+from fullbeam.engine.search import expand
 from fullbeam.engine.sequence import Row
 from fullbeam.engine.text import TokenLogprob
+from fullbeam.ops import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tokens of a step, being chosen."""
+
+    token_ids: Array | None  # int32, on the device: draws in the order of the work
+    finish: Callable[[], Selection]  # waits for them
 
 
 class Selector:
     """Chooses the tokens of a step from its logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._draws: Draws | None = None
 
-    def select(self, works: list[Work], logits: FloatArray) -> Selection:
+    def start(self, works: list[Work], logits: Array) -> Choice:
         """Draw the tokens and score the prompts that the work names.
 
         Parameters
@@ -29,11 +42,12 @@ class Selector:
         works
             What was computed, in the order of the batch.
         logits
-            float32 [num_logit_rows, vocab_size], in the same order: scored tokens, then the last.
+            float32 [num_logit_rows, vocab_size] on the device, in the same order: scored tokens,
+            then the last.
         """
-        drawing: list[tuple[Row, list[int]]] = []  # with its draft: it draws at each place of it
+        drawing: list[Drawing] = []
         sources: list[int] = []  # logit row of each draw
-        scores: dict[Work, list[TokenLogprob]] = {}
+        scoring: dict[Work, Callable[[], list[TokenLogprob]]] = {}
         expanding: list[Work] = []
         search_rows: list[list[int]] = []
         next_row = 0
@@ -42,31 +56,52 @@ class Selector:
             if num_scored:
                 targets = work.ids[work.score_start + 1 : work.score_stop + 1]
                 num_top = work.sequence.request.params.num_top_scored
-                scores[work] = logprobs_of(
-                    logits[next_row : next_row + num_scored], targets, num_top
+                scoring[work] = logprobs_of(
+                    self._device, logits[next_row : next_row + num_scored], targets, num_top
                 )
                 next_row += num_scored
             if work.expands:
                 expanding.append(work)
                 last = [next_row] * len(work.search.live)  # all hypotheses start from the prompt
                 search_rows.append([*range(next_row, next_row + len(work.nodes))] or last)
-            drawing += [(row, work.drafts) for row in work.drawing]
+            num_tokens = work.start + work.count - len(work.drafts)
+            drawing += [Drawing(row, work.drafts, num_tokens) for row in work.drawing]
             if work.drafts:
                 sources += range(next_row, next_row + work.num_draws)
             else:
                 sources += [next_row] * len(work.drawing)
             next_row += work.num_draws
-        chosen: dict[Work, Expansion] = {}
+        expansions = drawn = None
         if expanding:
-            found = expand([work.search for work in expanding], search_rows, logits)
-            pairs = zip(expanding, found, strict=True)
-            chosen = {work: expansion for work, expansion in pairs if expansion is not None}
-        if not drawing:
-            return Selection([], [], scores, chosen)
-        rows = [row for row, drafts in drawing for _ in range(1 + len(drafts))]
-        if self._draws is None or rows != self._draws.rows:
-            self._draws = Draws(rows, logits.shape[1])
-        return Selection(*self._draws.draw(_take(logits, sources), drawing), scores, chosen)
+            searches = [work.search for work in expanding]
+            expansions = expand(self._device, searches, search_rows, logits)
+        if drawing:
+            rows = [item.row for item in drawing for _ in range(1 + len(item.drafts))]
+            if self._draws is None or rows != self._draws.rows:
+                self._draws = Draws(rows, logits.shape[1])
+            drawn = self._draws.start(self._device, _take(logits, sources), drawing)
+        draws = self._draws
+
+        def finish() -> Selection:
+            token_ids, entries = ([], []) if drawn is None or draws is None else draws.read(drawn)
+            found = [] if expansions is None else expansions()
+            return Selection(
+                token_ids,
+                entries,
+                {work: scores() for work, scores in scoring.items()},
+                {work: new for work, new in zip(expanding, found, strict=True) if new is not None},
+            )
+
+        return Choice(None if drawn is None else drawn.arrays[0], finish)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A row that draws."""
+
+    row: Row
+    drafts: list[int]  # it draws at each place of them too
+    num_tokens: int  # of it, prompt included, before its draft
 
 
 class Draws:
@@ -102,40 +137,30 @@ class Draws:
             for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
                 self._options[name] = np.array([getattr(p, name) for p in params], np.float32)
 
-    def draw(
-        self, logits: FloatArray, drawing: list[tuple[Row, list[int]]]
-    ) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Return each row's token, -1 where there is none to draw, and its log-probabilities.
-
-        `drawing` has each row once, with its draft: every place is drawn at as if those before it
-        held.
-        """
-        from fullbeam import ops
-
-        rows = self.rows
+    def start(self, device: Device, logits: Array, drawing: list[Drawing]) -> Results:
+        """Draw for each row, at each place of its draft as if those before it held."""
         options = self._options
         self._counters[:, 2] = [
-            row.num_tokens + place for row, drafts in drawing for place in range(1 + len(drafts))
+            item.num_tokens + place for item in drawing for place in range(1 + len(item.drafts))
         ]
         if self._has_rules:
-            masks = [mask for row, drafts in drawing for mask in row.masks(drafts)]
+            masks = [mask for item in drawing for mask in item.row.masks(item.drafts)]
             options |= self._masks.options(masks)
         if self._has_history:
-            histories = [item for row, drafts in drawing for item in row.histories(drafts)]
+            histories = [known for item in drawing for known in item.row.histories(item.drafts)]
             options |= history_options(histories)
-        drawn = ops.sample(logits, **options)
-        token_ids: list[int] = drawn.token_ids.tolist()
-        if "num_top" not in options:
-            return token_ids, [None] * len(rows)
-        found = zip(
-            self._num_top,
-            drawn.logprobs.tolist(),
-            drawn.top_ids.tolist(),
-            drawn.top_logprobs.tolist(),
-            drawn.ranks.tolist(),
-            strict=True,
-        )
-        return token_ids, [
+        max_top = max(self._num_top) if "num_top" in options else None
+        return device.select(ops.sample, logits, options, max_top=max_top)
+
+    def read(self, drawn: Results) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Return each row's token, -1 where there is none to draw, and its log-probabilities."""
+        token_ids, *reported = drawn.read()
+        ids: list[int] = token_ids.tolist()
+        if "num_top" not in self._options:
+            return ids, [None] * len(ids)
+        logprobs, ranks, top_ids, top_logprobs, _ = (array.tolist() for array in reported)
+        found = zip(self._num_top, logprobs, top_ids, top_logprobs, ranks, strict=True)
+        return ids, [
             TokenLogprob(logprob, top_ids[:num_top], top_logprobs[:num_top], rank)
             if num_top >= 0
             else None
@@ -143,7 +168,7 @@ class Draws:
         ]
 
 
-def _take(logits: FloatArray, rows: list[int]) -> FloatArray:
+def _take(logits: Array, rows: list[int]) -> Array:
     """Return some rows, without a copy where they follow each other."""
     first, count = rows[0], len(rows)
     if rows == list(range(first, first + count)):

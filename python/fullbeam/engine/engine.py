@@ -123,7 +123,9 @@ class Engine:
         self._vocab_size = decoder.config.vocab_size
         self._names = TokenNames(tokenizer)
         self._index = TokenIndex(tokenizer, self._vocab_size)
-        kv = decoder.allocate_kv(num_pages, page_size)
+        self._device = decoder.device
+        with self._device.active():
+            kv = decoder.allocate_kv(num_pages, page_size)
         self._scheduler = Scheduler(
             PagePool(num_pages, page_size),
             copy_page=kv.copy_page,
@@ -142,7 +144,7 @@ class Engine:
             max_seqs=max_rows,
             max_tokens=token_budget,
         )
-        self._selector = Selector()
+        self._selector = Selector(decoder.device)
         self._inbox: deque[tuple[Callable[[Request], None], Request]] = deque()
         self._lock = threading.Lock()  # held while the state below the inbox changes
         self._computing: set[Request] = set()  # what a step is for, without what was cancelled
@@ -254,7 +256,7 @@ class Engine:
 
     def step(self) -> bool:
         """Compute the next tokens of whatever is running; return whether there was work."""
-        with self._lock:
+        with self._lock, self._device.active():
             busy = self._read_inbox()
             try:
                 works = self._scheduler.plan()
@@ -483,7 +485,7 @@ class Engine:
             self._computing = {work.sequence.request for work in works}
         try:
             logits = self._runner.forward(works, stop)
-            selection = self._selector.select(works, logits)
+            selection = self._selector.start(works, logits).finish()
             changed, done, failed = self._scheduler.commit(works, selection)
         except Interrupted:
             return  # all that was computed is about to be dropped

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from fullbeam.engine.batch import FloatArray, Int32Array
+from fullbeam import ops
+from fullbeam.engine.batch import Int32Array
+from fullbeam.engine.device import Device
 from fullbeam.engine.rules import Mask
 from fullbeam.engine.text import TokenLogprob
+from fullbeam.ops import Array
 
 
 class History:
@@ -104,16 +108,17 @@ def starts_of(counts: list[int]) -> Int32Array:
     return starts
 
 
-def logprobs_of(logits: FloatArray, token_ids: Int32Array, num_top: int) -> list[TokenLogprob]:
-    """Return what logits say of given tokens, and of the `num_top` likeliest ones; -1: of all."""
-    from fullbeam import ops
-
+def logprobs_of(
+    device: Device, logits: Array, token_ids: Int32Array, num_top: int
+) -> Callable[[], list[TokenLogprob]]:
+    """Look up what logits say of given tokens, and of the `num_top` likeliest ones; -1: of all."""
     vocab_size = logits.shape[1]
     num_top = min(num_top, vocab_size) if num_top >= 0 else vocab_size
-    values, ranks, top_ids, top_values = ops.logprobs(logits, token_ids, num_top=num_top)
-    return [
-        TokenLogprob(*entry)
-        for entry in zip(
-            values.tolist(), top_ids.tolist(), top_values.tolist(), ranks.tolist(), strict=True
-        )
-    ]
+    results = device.select(ops.logprobs, logits, {"token_ids": token_ids}, num_top=num_top)
+
+    def read() -> list[TokenLogprob]:
+        values, ranks, top_ids, top_values = (array.tolist() for array in results.read())
+        entries = zip(values, top_ids, top_values, ranks, strict=True)
+        return [TokenLogprob(*entry) for entry in entries]
+
+    return read

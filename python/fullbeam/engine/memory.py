@@ -12,7 +12,6 @@ from pathlib import Path
 PAGE_SIZE = 16
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_ROWS = 16
-_KV_SHARE = 0.5  # of the memory that is available once the weights are loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,9 @@ def plan_kv(
     context: int | None,
     max_rows: int | None,
     available_bytes: int,
+    kv_share: float,
 ) -> KvPlan:
-    """Choose context, rows and pages.
+    """Choose context, rows and pages; of the available bytes a share is for keys and values.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def plan_kv(
         When `context` or `max_rows` is out of range or there is no memory for it.
     """
     rows = DEFAULT_MAX_ROWS if max_rows is None else _positive("max_rows", max_rows)
-    room = int(available_bytes * _KV_SHARE) // (bytes_per_token * PAGE_SIZE)  # in pages
+    room = int(available_bytes * kv_share) // (bytes_per_token * PAGE_SIZE)  # in pages
     where = f"(KV takes {bytes_per_token} bytes a token, {available_bytes >> 20} MiB are available)"
     if context is None:
         wanted = min(model_context, DEFAULT_CONTEXT)

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from fullbeam._core import Stop
-from fullbeam.engine.batch import Batch, FloatArray
+from fullbeam.engine.batch import Batch
+from fullbeam.engine.device import Device
 from fullbeam.engine.scheduler import Work
+from fullbeam.ops import Array
 
 
 class ModelConfig(Protocol):
@@ -47,6 +49,10 @@ class Decoder(Protocol):
         """Shape of the model."""
 
     @property
+    def device(self) -> Device:
+        """What computes."""
+
+    @property
     def row_cost(self) -> float:
         """What one more token adds to a step of few, as a share of a step of one."""
 
@@ -56,8 +62,8 @@ class Decoder(Protocol):
     def allocate_kv(self, num_pages: int, page_size: int) -> KvCache:
         """Make room for `num_pages` pages of `page_size` tokens."""
 
-    def forward(self, batch: Batch, kv: Any, stop: Stop) -> FloatArray:
-        """Return logits [num_logit_rows, vocab_size], valid until the next call.
+    def forward(self, batch: Batch, kv: Any, stop: Stop) -> Array:
+        """Return logits [num_logit_rows, vocab_size] on the device, valid until the next call.
 
         `kv` comes from its own allocate_kv. Raises `Interrupted` once `stop` is set.
         """
@@ -86,7 +92,7 @@ class Runner:
         self._page_table = np.full((max_seqs, max_pages_per_seq), -1, np.int32)
         self._seq_lens = np.zeros(max_seqs, np.int32)
 
-    def forward(self, works: list[Work], stop: Stop) -> FloatArray:
+    def forward(self, works: list[Work], stop: Stop) -> Array:
         """Return the logits that the work asks for, in its order: scored tokens, then the last."""
         return self._decoder.forward(self.batch(works), self._kv, stop)
 

@@ -14,13 +14,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from fullbeam.engine.batch import FloatArray, Int32Array
+from fullbeam import ops
+from fullbeam.engine.batch import Int32Array
+from fullbeam.engine.device import Device
 from fullbeam.engine.full_line import FullLine, Hypothesis, Suggestion, best_score, rank_score
 from fullbeam.engine.logits import bias_options, logprobs_of, stack_masks, starts_of
 from fullbeam.engine.pages import PagePool, PageTable
 from fullbeam.engine.rules import Rules, State
 from fullbeam.engine.sequence import Request, Row, Sequence
 from fullbeam.engine.text import Piece, TokenLogprob
+from fullbeam.ops import Array
 
 DoubleArray = npt.NDArray[np.float64]
 
@@ -316,57 +319,63 @@ class Search(Sequence):
 
 
 def expand(
-    searches: list[Search], rows: list[list[int]], logits: FloatArray
-) -> list[Expansion | None]:
+    device: Device, searches: list[Search], rows: list[list[int]], logits: Array
+) -> Callable[[], list[Expansion | None]]:
     """Choose the next tokens of several searches.
 
     Parameters
     ----------
+    device
+        What computes.
     searches
         Those whose newest tokens, or prompts, were computed.
     rows
         For each, the row of `logits` of each live hypothesis, in order.
     logits
-        float32 [num_logit_rows, vocab_size].
+        float32 [num_logit_rows, vocab_size], on the device.
 
     Returns
     -------
-    For each search what it chose; None where the model gave no finite logit.
+    What waits for the choice and, of each search, gives what it chose; None where the model gave no
+    finite logit.
     """
-    from fullbeam import ops
-
     beams = [(search, node) for search in searches for node in search.live]
     groups = [(search, group) for search in searches for group in search.groups]
     beam_rows = [row for of_search in rows for row in of_search]
     allowed = [search.rules.allowed(node.state, search.num_levels) for search, node in beams]
     terminators = [search.rules.terminators(node.state) for search, node in beams]
-    widths = [search.request.params.beam_size for search, _ in groups]
+    widths = [search.request.params.beam_size or 0 for search, _ in groups]
     strengths = [search.request.params.diversity_strength for search in searches]
-    step = ops.beam_step(
-        logits,
-        beam_rows=np.array(beam_rows, np.int32),
-        sums=np.array([(node.score, node.logprob) for _, node in beams], np.float64),
-        group_starts=starts_of([len(group.live) for _, group in groups]),
-        request_starts=starts_of([len(search.groups) for search in searches]),
-        beam_sizes=np.array(widths, np.int32),
-        diversity_strengths=np.array(strengths, np.float32),
+    options = {
+        "beam_rows": np.array(beam_rows, np.int32),
+        "sums": np.array([(node.score, node.logprob) for _, node in beams], np.float64),
+        "group_starts": starts_of([len(group.live) for _, group in groups]),
+        "request_starts": starts_of([len(search.groups) for search in searches]),
+        "beam_sizes": np.array(widths, np.int32),
+        "diversity_strengths": np.array(strengths, np.float32),
         **stack_masks(allowed, "allowed", "allowed_idx"),
         **stack_masks(terminators, "terminators", "terminator_idx"),
         **bias_options([search.request.params.biases for search, _ in beams]),
-    )
-    live = _nodes(beams, step.parents, step.token_ids, step.sums)
-    finished = _nodes(beams, step.finished_parents, step.finished_token_ids, step.finished_sums)
-    _add_entries([*live, *finished], beams, beam_rows, logits)
-    expansions: list[Expansion | None] = []
-    first = first_beam = 0
-    for search in searches:
-        end, end_beam = first + len(search.groups), first_beam + len(search.live)
-        expansion = Expansion(live[first:end], finished[first:end])
-        # Where every token is allowed, only a row without finite logits leaves no candidate.
-        is_lost = len(expansion) == 0 and None in allowed[first_beam:end_beam]
-        expansions.append(None if is_lost else expansion)
-        first, first_beam = end, end_beam
-    return expansions
+    }
+    results = device.select(ops.beam_step, logits, options, max_beam=max(widths))
+
+    def read() -> list[Expansion | None]:
+        step = ops.BeamStep(*results.read())
+        live = _nodes(beams, step.parents, step.token_ids, step.sums)
+        finished = _nodes(beams, step.finished_parents, step.finished_token_ids, step.finished_sums)
+        _add_entries(device, [*live, *finished], beams, beam_rows, logits)
+        expansions: list[Expansion | None] = []
+        first = first_beam = 0
+        for search in searches:
+            end, end_beam = first + len(search.groups), first_beam + len(search.live)
+            expansion = Expansion(live[first:end], finished[first:end])
+            # Where every token is allowed, only a row without finite logits leaves no candidate.
+            is_lost = len(expansion) == 0 and None in allowed[first_beam:end_beam]
+            expansions.append(None if is_lost else expansion)
+            first, first_beam = end, end_beam
+        return expansions
+
+    return read
 
 
 def _nodes(
@@ -387,10 +396,11 @@ def _nodes(
 
 
 def _add_entries(
+    device: Device,
     groups: list[list[Node]],
     beams: list[tuple[Search, Node]],
     beam_rows: list[int],
-    logits: FloatArray,
+    logits: Array,
 ) -> None:
     """Look up the model's log-probabilities of the new tokens where they are to be reported."""
     num_top = {node: search.request.params.num_top for search, node in beams}
@@ -404,6 +414,7 @@ def _add_entries(
     token_ids = np.array([node.token_id for node, _ in pairs], np.int32)
     parents = [parent for _, parent in pairs]
     most = max(num_top[parent] for parent in parents)
-    entries = logprobs_of(logits[[row_of[parent] for parent in parents]], token_ids, most)
-    for (node, parent), entry in zip(pairs, entries, strict=True):
+    rows = logits[[row_of[parent] for parent in parents]]
+    entries = logprobs_of(device, rows, token_ids, most)
+    for (node, parent), entry in zip(pairs, entries(), strict=True):
         node.entry = entry.cut(num_top[parent])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fullbeam.engine.device import Device
     from fullbeam.models.decoder import Decoder
     from fullbeam.models.source import Source
     from fullbeam.models.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ class OpenModel:
 def open_model(
     path: Path,
     *,
+    device: Device | None = None,
     threads: int | None = None,
     context: int | None = None,
     quantize: str | None = None,
@@ -42,6 +44,7 @@ def open_model(
     Parameters
     ----------
     path : a GGUF file, or a folder of config.json, safetensors and tokenizer.json
+    device : what computes; None = so many threads of the CPU
     threads : threads of a step; None = physical cores
     context : most tokens of a text, where that isn't the default
     quantize : "q8" or "q4": matrices of a folder become blocks of so many bits
@@ -54,22 +57,21 @@ def open_model(
         in memory; the text names the file and the field.
     """
     from fullbeam import _core
+    from fullbeam.engine.device import CpuDevice
     from fullbeam.models.decoder import Decoder
     from fullbeam.models.families import read_config
     from fullbeam.models.gguf import GgufFile
     from fullbeam.models.tokenizer import Tokenizer
     from fullbeam.models.weights import read_weights
 
-    threads = _core.num_physical_cores() if threads is None else threads
-    _core.set_num_threads(threads)
+    if device is None:
+        device = CpuDevice(_core.num_physical_cores() if threads is None else threads)
     report = progress if progress is not None else (lambda fraction, what: None)
-    with _open_source(path, quantize, report) as source:
+    with device.active(), _open_source(path, quantize, report) as source:
         config = read_config(source, context=context)
         total = sum(tensor.num_bytes for tensor in source.tensors.values())
         _require_room(path, total)
-        # One processor is left to this thread, which is busy all the while.
-        spare_bytes = _BUILD_BYTES * config.vocab_size
-        packing = _core.Packing(max(1, threads - 1), spare_bytes)
+        packing = device.packing(_BUILD_BYTES * config.vocab_size)
         done = 0
 
         def packed(num_bytes: int) -> None:
@@ -77,7 +79,7 @@ def open_model(
             done += num_bytes
             report(min(1.0, (done + packing.packed_bytes) / total), "weights")
 
-        weights = read_weights(source, config, packing, packed)
+        weights = read_weights(source, config, device, packing, packed)
         report(0.0, "tokenizer")
         if isinstance(source, GgufFile):
             tokenizer = Tokenizer.from_gguf(source)
@@ -88,7 +90,7 @@ def open_model(
             tokenizer = read_tokenizer(path, config.vocab_size)
         while not packing.wait(_REPORT_S):
             packed(0)
-        decoder = Decoder(config, weights, threads=threads)
+        decoder = Decoder(config, weights, device=device)
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer must have {config.vocab_size} tokens, the rows of "

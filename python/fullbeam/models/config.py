@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from fullbeam import ops
 from fullbeam.engine.batch import FloatArray
+from fullbeam.ops import Array
+
+Matrix: TypeAlias = Any  # what `ops.linear` and `ops.embedding` take on the model's device
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,16 @@ class DecoderConfig:
 class Linear:
     """A matrix [rows, cols] and what is added to its products."""
 
-    weight: ops.PackedWeight
-    bias: FloatArray | None = None  # [rows]
+    weight: Matrix
+    bias: Array | None = None  # [rows]
 
 
 @dataclass(frozen=True)
 class Norm:
     """A root-mean-square norm, or a layer norm where there is a bias."""
 
-    weight: FloatArray  # [hidden_size]
-    bias: FloatArray | None = None
+    weight: Array  # [hidden_size]
+    bias: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -69,18 +72,18 @@ class LayerWeights:
     ffn_norm: Norm
     up: Linear  # [2 * ffn_size, hidden_size], the gate's rows first; [ffn_size, ...] without one
     down: Linear  # [hidden_size, ffn_size]
-    q_norm: FloatArray | None = None  # [head_dim]
-    k_norm: FloatArray | None = None
-    post_attention_norm: FloatArray | None = None  # [hidden_size], before the residual is added
-    post_ffn_norm: FloatArray | None = None
+    q_norm: Array | None = None  # [head_dim]
+    k_norm: Array | None = None
+    post_attention_norm: Array | None = None  # [hidden_size], before the residual is added
+    post_ffn_norm: Array | None = None
 
 
 @dataclass(frozen=True)
 class Weights:
     """Weights of the whole model; `head` is `embedding` where the two are tied."""
 
-    embedding: ops.PackedWeight  # [vocab_size, hidden_size]
+    embedding: Matrix  # [vocab_size, hidden_size]
     layers: tuple[LayerWeights, ...]
     output_norm: Norm
-    head: ops.PackedWeight  # [vocab_size, hidden_size]
-    positions: ops.PackedWeight | None = None  # [context_len, hidden_size], added to the embedding
+    head: Matrix  # [vocab_size, hidden_size]
+    positions: Matrix | None = None  # [context_len, hidden_size], added to the embedding

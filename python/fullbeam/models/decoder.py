@@ -3,31 +3,28 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from fullbeam import _core, ops
-from fullbeam.engine.batch import Batch, FloatArray
+from fullbeam.engine.batch import Batch
+from fullbeam.engine.device import Device, HostArray, Programs
 from fullbeam.engine.runner import Interrupted
 from fullbeam.models.config import DecoderConfig, LayerWeights, Linear, Norm, Weights
-
-_MAX_PROGRAMS = 64  # recorded steps to keep; one takes some kilobytes
-
-# What a row adds to a step of few, over a step of one: the dearer of Gemma 3 270M and Qwen2.5-Coder
-# 0.5B, Q4_K_M, 2 threads of Zen 4, 1 to 16 rows of one sequence with their logits.
-_ROW_COST = {"portable": 0.75, "avx2": 0.24, "avx512": 0.15}
+from fullbeam.ops import Array
 
 
 class KvCache:
-    """Keys and values of all layers, float16, in pages. The system gives memory as pages fill."""
+    """Keys and values of all layers in pages. On the CPU the system gives memory as they fill."""
 
-    def __init__(self, config: DecoderConfig, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, num_pages: int, page_size: int, device: Device
+    ) -> None:
         # A page's keys and values of all layers lie together: memory fills up page by page.
         page = (2, config.num_layers, config.num_kv_heads, page_size, config.head_dim)
-        self._pages = np.zeros((num_pages, *page), np.float16)
+        self._pages = device.zeros((num_pages, *page), device.kv_dtype)
         self.keys = [self._pages[:, 0, layer] for layer in range(config.num_layers)]
         self.values = [self._pages[:, 1, layer] for layer in range(config.num_layers)]
 
@@ -37,17 +34,47 @@ class KvCache:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Of a step, or of the buffers that hold it."""
+class _Shape:
+    """Sizes of a step: all that a recorded one depends on."""
+
+    num_rows: int  # tokens of the sequences that decode
+    num_decode: int
+    num_chunk_tokens: int  # of the others
+    num_chunks: int
+    num_logit_rows: int
+    has_slots: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows + self.num_chunk_tokens
+
+
+def _shape_of(batch: Batch, device: Device) -> _Shape:
+    rounded = device.rounded
+    has_slots = batch.num_words > 0
+    num_rows = rounded(batch.num_decode_rows)
+    return _Shape(
+        num_rows=num_rows,
+        num_decode=rounded(batch.num_decode) if has_slots else num_rows,
+        num_chunk_tokens=rounded(len(batch.token_ids) - batch.num_decode_rows),
+        num_chunks=rounded(len(batch.seq_lens) - batch.num_decode),
+        num_logit_rows=rounded(len(batch.logit_rows)),
+        has_slots=has_slots,
+    )
+
+
+@dataclass(frozen=True)
+class _Capacity:
+    """Of the buffers that hold a step."""
 
     tokens: int
     seqs: int
     max_pages: int
     num_words: int
 
-    def joined(self, other: _Sizes) -> _Sizes:
+    def joined(self, other: _Capacity) -> _Capacity:
         """Room for both; widths grow in powers of 2, since every growth costs a recording."""
-        return _Sizes(
+        return _Capacity(
             tokens=max(self.tokens, other.tokens),
             seqs=max(self.seqs, other.seqs),
             max_pages=_grown(self.max_pages, other.max_pages),
@@ -62,165 +89,178 @@ def _grown(held: int, needed: int) -> int:
 class _Buffers:
     """Fixed memory of a step: recorded programs point into it."""
 
-    def __init__(self, config: DecoderConfig, sizes: _Sizes) -> None:
-        tokens, seqs, num_words = sizes.tokens, sizes.seqs, sizes.num_words
+    def __init__(self, config: DecoderConfig, capacity: _Capacity, device: Device) -> None:
+        tokens, seqs, num_words = capacity.tokens, capacity.seqs, capacity.num_words
         q_size = config.num_q_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        self.sizes = sizes
-        self.token_ids = np.zeros(tokens, np.int32)
-        self.positions = np.zeros(tokens, np.int32)
-        self.slots = np.zeros(tokens, np.int64)
-        self.decode_starts = np.zeros(seqs + 1, np.int32)
-        self.prefill_starts = np.zeros(seqs + 1, np.int32)
-        self.seq_lens = np.zeros(seqs, np.int32)
-        self.page_table = np.zeros((seqs, sizes.max_pages), np.int32)
-        self.slot_starts = np.zeros(seqs, np.int32)
-        self.num_slots = np.zeros(seqs, np.int32)
-        self.visible = np.zeros((tokens, num_words), np.uint32)
-        self.slot_positions = np.zeros((seqs, 32 * num_words), np.int32)
-        self.hidden = np.zeros((tokens, config.hidden_size), np.float32)
-        self.normed = np.zeros((tokens, config.hidden_size), np.float32)
-        self.qkv = np.zeros((tokens, q_size + 2 * kv_size), np.float32)
-        self.attended = np.zeros((tokens, q_size), np.float32)
-        self.up = np.zeros((tokens, (1 + config.is_gated) * config.ffn_size), np.float32)
-        self.activated = np.zeros((tokens, config.ffn_size), np.float32)
+        self.capacity = capacity
+        self.inputs = device.inputs(
+            {
+                "token_ids": ((tokens,), "int32"),
+                "positions": ((tokens,), "int32"),
+                "slots": ((tokens,), "int64"),
+                "decode_starts": ((seqs + 1,), "int32"),
+                "chunk_starts": ((seqs + 1,), "int32"),
+                "decode_lens": ((seqs,), "int32"),
+                "chunk_lens": ((seqs,), "int32"),
+                "decode_pages": ((seqs, capacity.max_pages), "int32"),
+                "chunk_pages": ((seqs, capacity.max_pages), "int32"),
+                "slot_starts": ((seqs,), "int32"),
+                "num_slots": ((seqs,), "int32"),
+                "visible": ((tokens, num_words), "uint32"),
+                "slot_positions": ((seqs, 32 * num_words), "int32"),
+                "logit_rows": ((tokens,), "int32"),
+            }
+        )
 
-    def fill(self, batch: Batch) -> None:
-        """Take the batch's arrays over; what lies beyond them is not read."""
-        num_tokens, num_seqs = len(batch.token_ids), len(batch.seq_lens)
-        num_decode, num_rows = batch.num_decode, batch.num_decode_rows
-        self.token_ids[:num_tokens] = batch.token_ids
-        self.positions[:num_tokens] = batch.positions
-        self.slots[:num_tokens] = batch.slots
-        self.seq_lens[:num_seqs] = batch.seq_lens
-        self.page_table[:num_seqs, : batch.page_table.shape[1]] = batch.page_table
-        self.prefill_starts[: num_seqs - num_decode + 1] = (
-            batch.query_starts[num_decode:] - num_rows
+        def zeros(*shape: int) -> Array:
+            return device.zeros(shape, device.dtype)
+
+        self.hidden = zeros(tokens, config.hidden_size)
+        self.normed = zeros(tokens, config.hidden_size)
+        self.qkv = zeros(tokens, q_size + 2 * kv_size)
+        self.attended = zeros(tokens, q_size)
+        self.up = zeros(tokens, (1 + config.is_gated) * config.ffn_size)
+        self.activated = zeros(tokens, config.ffn_size)
+
+    def send(self, batch: Batch, shape: _Shape) -> None:
+        """Take the batch's arrays over, for a step of at least its sizes.
+
+        Rows, sequences and tokens beyond the batch's write no keys and values and see none.
+        """
+        host, num_rows, num_decode = self.inputs.host, batch.num_decode_rows, batch.num_decode
+        num_chunks = len(batch.seq_lens) - num_decode
+        num_chunk_tokens = len(batch.token_ids) - num_rows
+        for name, fill in (("token_ids", 0), ("positions", 0), ("slots", -1)):
+            values, into = getattr(batch, name), host[name][: shape.num_tokens]
+            into[:num_rows] = values[:num_rows]
+            into[num_rows : shape.num_rows] = fill
+            into[shape.num_rows :][:num_chunk_tokens] = values[num_rows:]
+            into[shape.num_rows + num_chunk_tokens :] = fill
+        lens, starts = batch.seq_lens, batch.query_starts
+        _fill(host["decode_lens"][: shape.num_decode], lens[:num_decode], 0)
+        _fill(host["chunk_lens"][: shape.num_chunks], lens[num_decode:], 0)
+        width = batch.page_table.shape[1]
+        host["decode_pages"][:num_decode, :width] = batch.page_table[:num_decode]
+        host["chunk_pages"][:num_chunks, :width] = batch.page_table[num_decode:]
+        chunk_starts = host["chunk_starts"][: shape.num_chunks + 1]
+        _fill(chunk_starts, starts[num_decode:] - num_rows, num_chunk_tokens)
+        rows = batch.logit_rows
+        _fill(
+            host["logit_rows"][: shape.num_logit_rows],
+            np.where(rows < num_rows, rows, rows + (shape.num_rows - num_rows)),
+            0,
         )
         if batch.num_words:
-            self.decode_starts[: num_decode + 1] = batch.query_starts[: num_decode + 1]
-            self.slot_starts[:num_decode] = batch.slot_starts
-            self.num_slots[:num_decode] = batch.num_slots
-            self.visible[:num_rows, : batch.num_words] = batch.visible
-            self.slot_positions[:num_decode, : 32 * batch.num_words] = batch.slot_positions
+            decode_starts = host["decode_starts"][: shape.num_decode + 1]
+            _fill(decode_starts, starts[: num_decode + 1], num_rows)
+            host["slot_starts"][:num_decode] = batch.slot_starts
+            _fill(host["num_slots"][: shape.num_decode], batch.num_slots, 0)
+            host["visible"][:num_rows, : batch.num_words] = batch.visible
+            host["slot_positions"][:num_decode, : 32 * batch.num_words] = batch.slot_positions
+        self.inputs.send()
+
+
+def _fill(into: HostArray, values: HostArray, fill: int) -> None:
+    into[: len(values)] = values
+    into[len(values) :] = fill
 
 
 class _Rows:
     """Fixed memory of the rows whose logits are wanted."""
 
-    def __init__(self, config: DecoderConfig, num_rows: int) -> None:
-        self.hidden = np.zeros((num_rows, config.hidden_size), np.float32)
-        self.attended = np.zeros((num_rows, config.num_q_heads * config.head_dim), np.float32)
-        self.logits = np.zeros((num_rows, config.vocab_size), np.float32)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a recorded step depends on."""
-
-    num_tokens: int
-    num_seqs: int
-    num_decode: int
-    num_decode_rows: int
-    has_slots: bool
+    def __init__(self, config: DecoderConfig, num_rows: int, device: Device) -> None:
+        q_size = config.num_q_heads * config.head_dim
+        self.hidden = device.zeros((num_rows, config.hidden_size), device.dtype)
+        self.attended = device.zeros((num_rows, q_size), device.dtype)
+        self.logits = device.zeros((num_rows, config.vocab_size), "float32")
 
 
 class Decoder:
     """A model ready to run: tokens and their places in, logits out.
 
-    A step of a given shape is recorded the first time and replayed natively from then on, like a
-    captured graph: what changes between steps (ids, positions, pages, lengths) is read from fixed
-    buffers. Use from one thread.
+    A step of given sizes is recorded and run again natively from then on, a captured graph on a
+    GPU: what changes between steps (ids, positions, pages, lengths) is read from fixed buffers. Use
+    from one thread.
+
+    Parameters
+    ----------
+    config, weights
+        The weights are on the device: PackedWeight on the CPU, tensors of its dtype on a GPU.
+    device
+        What computes.
     """
 
-    def __init__(self, config: DecoderConfig, weights: Weights, *, threads: int) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, *, device: Device) -> None:
         self.config = config
         self.weights = weights
-        self.threads = threads
-        self._programs: OrderedDict[_Shape | int, _core.Program] = OrderedDict()
+        self.device = device
+        self._programs = Programs(device)
         self._buffers: _Buffers | None = None
         self._kv: KvCache | None = None
-        self._rows = _Rows(config, 0)
+        self._rows = _Rows(config, 0, device)
+        freqs = {id(r): device.upload(r.inv_freq) for r in config.ropes if r is not None}
+        self._inv_freqs = [freqs.get(id(rope)) for rope in config.ropes]
 
     @property
     def row_cost(self) -> float:
         """What one more token adds to a step of few, as a share of a step of one."""
-        return _ROW_COST[_core.cpu_isa()]
+        return self.device.row_cost
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
         config = self.config
-        return 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+        size = 4 if self.device.kv_dtype == "float32" else 2
+        return 2 * size * config.num_layers * config.num_kv_heads * config.head_dim
 
     def allocate_kv(self, num_pages: int, page_size: int) -> KvCache:
         """Make room for ``num_pages`` pages of ``page_size`` tokens."""
-        return KvCache(self.config, num_pages, page_size)
+        return KvCache(self.config, num_pages, page_size, self.device)
 
-    def forward(self, batch: Batch, kv: KvCache, stop: _core.Stop | None = None) -> FloatArray:
+    def forward(self, batch: Batch, kv: KvCache, stop: _core.Stop | None = None) -> Array:
         """Return logits, float32 [num_logit_rows, vocab_size], valid until the next call.
 
         Raises `Interrupted` after the op in which `stop` is set.
         """
-        _core.set_num_threads(self.threads)
-        shape = _Shape(
-            num_tokens=len(batch.token_ids),
-            num_seqs=len(batch.seq_lens),
-            num_decode=batch.num_decode,
-            num_decode_rows=batch.num_decode_rows,
-            has_slots=batch.num_words > 0,
-        )
-        b = self._fit_buffers(batch, kv)
-        b.fill(batch)
-        self._run(shape, lambda: self._layers(b, kv, shape), stop)
-        num_rows = len(batch.logit_rows)
-        rows = self._fit_rows(num_rows)
-        if num_rows:
-            np.take(b.hidden, batch.logit_rows, axis=0, out=rows.hidden[:num_rows])
-            np.take(b.attended, batch.logit_rows, axis=0, out=rows.attended[:num_rows])
-            self._run(num_rows, lambda: self._head(b, rows, num_rows), stop)
-        return rows.logits[:num_rows]
+        with self.device.active():
+            shape = _shape_of(batch, self.device)
+            self._fit(batch, shape, kv)
+            b, rows = self._buffers, self._rows
+            assert b is not None
+            b.send(batch, shape)
+            if not self._run(shape, lambda: self._record(b, rows, kv, shape), stop):
+                raise Interrupted
+            return rows.logits[: len(batch.logit_rows)]
 
-    def _run(
-        self, shape: _Shape | int, record: Callable[[], None], stop: _core.Stop | None
-    ) -> None:
-        program = self._programs.get(shape)
-        if program is None:
-            _core.start_recording()
-            try:
-                record()
-            finally:
-                program = _core.stop_recording()
-            self._programs[shape] = program
-            if len(self._programs) > _MAX_PROGRAMS:
-                self._programs.popitem(last=False)
-        else:
-            self._programs.move_to_end(shape)
-        if not program.run(stop):
-            raise Interrupted
+    def _record(self, b: _Buffers, rows: _Rows, kv: KvCache, shape: _Shape) -> None:
+        self._layers(b, kv, shape)
+        if shape.num_logit_rows:
+            self._head(b, rows, shape)
 
     def _layers(self, b: _Buffers, kv: KvCache, shape: _Shape) -> None:
         """The forward pass up to the last layer's attention: what its keys and values serve."""
         config, n = self.config, shape.num_tokens
-        num_seqs, num_decode, num_rows = shape.num_seqs, shape.num_decode, shape.num_decode_rows
+        num_rows, num_decode, num_chunks = shape.num_rows, shape.num_decode, shape.num_chunks
         num_q, num_kv, dim = config.num_q_heads, config.num_kv_heads, config.head_dim
         eps, offset = config.norm_eps, config.norm_offset
-        hidden, normed, positions = b.hidden[:n], b.normed[:n], b.positions[:n]
+        given = b.inputs.device
+        hidden, normed, positions = b.hidden[:n], b.normed[:n], given["positions"][:n]
         heads = b.qkv[:n].reshape(n, num_q + 2 * num_kv, dim)
-        query, key, value = np.split(heads, [num_q, num_q + num_kv], axis=1)
+        query, key = heads[:, :num_q], heads[:, num_q : num_q + num_kv]
+        value = heads[:, num_q + num_kv :]
         attended = b.attended[:n].reshape(n, num_q, dim)
         searches = {}
         if shape.has_slots:
             searches = {
-                "query_starts": b.decode_starts[: num_decode + 1],
-                "slot_starts": b.slot_starts[:num_decode],
-                "num_slots": b.num_slots[:num_decode],
-                "visible": b.visible[:num_rows],
-                "slot_positions": b.slot_positions[:num_decode],
+                "query_starts": given["decode_starts"][: num_decode + 1],
+                "slot_starts": given["slot_starts"][:num_decode],
+                "num_slots": given["num_slots"][:num_decode],
+                "visible": given["visible"][:num_rows],
+                "slot_positions": given["slot_positions"][:num_decode],
                 "positions": positions[:num_rows],
             }
-        ops.embedding(
-            b.token_ids[:n], self.weights.embedding, scale=config.embedding_scale, out=hidden
-        )
+        token_ids, slots = given["token_ids"][:n], given["slots"][:n]
+        ops.embedding(token_ids, self.weights.embedding, scale=config.embedding_scale, out=hidden)
         if self.weights.positions is not None:
             ops.embedding(positions, self.weights.positions, residual=hidden, out=hidden)
         for idx, layer in enumerate(self.weights.layers):
@@ -236,32 +276,32 @@ class Decoder:
                 ops.rope(
                     heads[:, : num_q + num_kv],
                     positions,
-                    rope.inv_freq,
+                    self._inv_freqs[idx],
                     interleaved=rope.interleaved,
                     scale=rope.scale,
                 )
-            ops.kv_write(key, value, keys, values, b.slots[:n])
+            ops.kv_write(key, value, keys, values, slots)
             if num_decode:
                 ops.attention_decode(
                     query[:num_rows],
                     keys,
                     values,
-                    b.page_table[:num_decode],
-                    b.seq_lens[:num_decode],
+                    given["decode_pages"][:num_decode],
+                    given["decode_lens"][:num_decode],
                     **searches,
                     out=attended[:num_rows],
                     scale=config.attention_scale,
                     window=config.windows[idx],
                     softcap=config.attention_softcap,
                 )
-            if num_seqs > num_decode:
+            if num_chunks:
                 ops.attention_prefill(
                     query[num_rows:],
                     keys,
                     values,
-                    b.page_table[num_decode:num_seqs],
-                    b.seq_lens[num_decode:num_seqs],
-                    b.prefill_starts[: num_seqs - num_decode + 1],
+                    given["chunk_pages"][:num_chunks],
+                    given["chunk_lens"][:num_chunks],
+                    given["chunk_starts"][: num_chunks + 1],
                     out=attended[num_rows:],
                     scale=config.attention_scale,
                     window=config.windows[idx],
@@ -271,7 +311,7 @@ class Decoder:
                 self._feed_forward(layer, b.attended[:n], hidden, b)
 
     def _feed_forward(
-        self, layer: LayerWeights, attended: FloatArray, hidden: FloatArray, b: _Buffers
+        self, layer: LayerWeights, attended: Array, hidden: Array, b: _Buffers
     ) -> None:
         """What follows a layer's attention, row by row."""
         config, n = self.config, len(hidden)
@@ -286,7 +326,7 @@ class Decoder:
         activate(up, activation=config.activation, out=activated)
         self._add(activated, layer.down, layer.post_ffn_norm, hidden, normed)
 
-    def _norm(self, x: FloatArray, norm: Norm, out: FloatArray) -> None:
+    def _norm(self, x: Array, norm: Norm, out: Array) -> None:
         eps, offset = self.config.norm_eps, self.config.norm_offset
         if norm.bias is None:
             ops.rms_norm(x, norm.weight, eps=eps, weight_offset=offset, out=out)
@@ -295,11 +335,11 @@ class Decoder:
 
     def _add(
         self,
-        x: FloatArray,
+        x: Array,
         linear: Linear,
-        post_norm: FloatArray | None,
-        hidden: FloatArray,
-        spare: FloatArray,
+        post_norm: Array | None,
+        hidden: Array,
+        spare: Array,
     ) -> None:
         """hidden += linear(x), normed before it is added where the family does so."""
         if post_norm is None:
@@ -315,32 +355,34 @@ class Decoder:
             out=hidden,
         )
 
-    def _head(self, b: _Buffers, rows: _Rows, num_rows: int) -> None:
+    def _head(self, b: _Buffers, rows: _Rows, shape: _Shape) -> None:
         """The rest of the last layer and the logits, of the rows that want them."""
-        config, x, logits = self.config, rows.hidden[:num_rows], rows.logits[:num_rows]
-        self._feed_forward(self.weights.layers[-1], rows.attended[:num_rows], x, b)
+        config, n = self.config, shape.num_logit_rows
+        wanted = b.inputs.device["logit_rows"][:n]
+        x, attended, logits = rows.hidden[:n], rows.attended[:n], rows.logits[:n]
+        ops.embedding(wanted, b.hidden[: shape.num_tokens], out=x)
+        ops.embedding(wanted, b.attended[: shape.num_tokens], out=attended)
+        self._feed_forward(self.weights.layers[-1], attended, x, b)
         self._norm(x, self.weights.output_norm, x)
         ops.linear(x, self.weights.head, out=logits)
         if config.logit_softcap:
             ops.softcap(logits, config.logit_softcap, out=logits)
 
-    def _fit_buffers(self, batch: Batch, kv: KvCache) -> _Buffers:
-        b = self._buffers
-        needed = _Sizes(
-            tokens=len(batch.token_ids),
-            seqs=len(batch.seq_lens),
+    def _run(self, shape: _Shape, record: Callable[[], None], stop: _core.Stop | None) -> bool:
+        return self._programs.run(shape, record, stop)
+
+    def _fit(self, batch: Batch, shape: _Shape, kv: KvCache) -> None:
+        b, rows = self._buffers, self._rows
+        needed = _Capacity(
+            tokens=max(shape.num_tokens, shape.num_logit_rows),
+            seqs=max(shape.num_decode, shape.num_chunks),
             max_pages=batch.page_table.shape[1],
             num_words=batch.num_words,
         )
-        sizes = needed if b is None else b.sizes.joined(needed)
-        if b is None or self._kv is not kv or sizes != b.sizes:
-            b = _Buffers(self.config, sizes)
-            self._buffers, self._kv = b, kv
+        capacity = needed if b is None else b.capacity.joined(needed)
+        if b is None or self._kv is not kv or capacity != b.capacity:
+            self._buffers, self._kv = _Buffers(self.config, capacity, self.device), kv
             self._programs.clear()
-        return b
-
-    def _fit_rows(self, num_rows: int) -> _Rows:
-        if num_rows > len(self._rows.logits):
-            self._rows = _Rows(self.config, num_rows)
+        if shape.num_logit_rows > len(rows.logits):
+            self._rows = _Rows(self.config, shape.num_logit_rows, self.device)
             self._programs.clear()
-        return self._rows

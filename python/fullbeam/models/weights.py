@@ -7,42 +7,53 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fullbeam import _core, ops
 from fullbeam.engine.batch import FloatArray
-from fullbeam.models.config import DecoderConfig, LayerWeights, Linear, Norm, Weights
+from fullbeam.engine.device import Device, Packing
+from fullbeam.models.config import DecoderConfig, LayerWeights, Linear, Matrix, Norm, Weights
 from fullbeam.models.source import Source, Tensor
+from fullbeam.ops import Array
 
 
 class WeightReader:
     """Takes tensors out of a source, checking their shapes, and lets its pages go."""
 
     def __init__(
-        self, source: Source, packing: _core.Packing, progress: Callable[[int], None]
+        self,
+        source: Source,
+        device: Device,
+        packing: Packing,
+        progress: Callable[[int], None],
     ) -> None:
         self._source = source
+        self._device = device
         self._packing = packing
         self._progress = progress
 
     def has(self, name: str) -> bool:
         return name in self._source.tensors
 
-    def matrix(self, *parts: tuple[str, int, int]) -> ops.PackedWeight:
+    def matrix(self, *parts: tuple[str, int, int]) -> Matrix:
         """Stack tensors (name, rows, cols) by rows; packed, at the latest, with the packing."""
         tensors = [self._find(name, (rows, cols)) for name, rows, cols in parts]
         try:
             arrays = [(t.data, t.type, (t.shape[0], t.shape[1])) for t in tensors]
             if self._source.is_mapped:
-                return self._packing.add(arrays, release=True)
-            weight = ops.pack_weight(arrays)
+                weight = self._packing.add(arrays, release=True)
+                self._progress(0)
+                return weight
+            weight = self._device.pack(arrays)
         except ValueError as error:
             names = ", ".join(tensor.name for tensor in tensors)
             raise ValueError(f"{self._source.path}: tensor {names}: {error}") from error
         for tensor in tensors:
             self._source.release(tensor)
-        self._progress(weight.num_bytes)
+        self._progress(sum(tensor.num_bytes for tensor in tensors))
         return weight
 
-    def vector(self, name: str, size: int) -> FloatArray:
+    def vector(self, name: str, size: int) -> Array:
+        return self._device.upload(self._values(name, size))
+
+    def _values(self, name: str, size: int) -> FloatArray:
         tensor = self._find(name, (size,))
         if tensor.type == "F32":
             values = tensor.data.view(np.float32).astype(np.float32)
@@ -58,7 +69,7 @@ class WeightReader:
         self._source.release(tensor)
         return values
 
-    def optional_vector(self, name: str, size: int) -> FloatArray | None:
+    def optional_vector(self, name: str, size: int) -> Array | None:
         return self.vector(name, size) if self.has(name) else None
 
     def linear(self, cols: int, *parts: tuple[str, int]) -> Linear:
@@ -66,8 +77,8 @@ class WeightReader:
         weight = self.matrix(*((f"{name}.weight", rows, cols) for name, rows in parts))
         if not self.has(f"{parts[0][0]}.bias"):
             return Linear(weight)
-        biases = [self.vector(f"{name}.bias", rows) for name, rows in parts]
-        return Linear(weight, np.concatenate(biases))
+        biases = [self._values(f"{name}.bias", rows) for name, rows in parts]
+        return Linear(weight, self._device.upload(np.concatenate(biases), self._device.dtype))
 
     def norm(self, name: str, size: int) -> Norm:
         return Norm(self.vector(f"{name}.weight", size), self.optional_vector(f"{name}.bias", size))
@@ -88,14 +99,15 @@ class WeightReader:
 def read_weights(
     source: Source,
     config: DecoderConfig,
-    packing: _core.Packing,
+    device: Device,
+    packing: Packing,
     progress: Callable[[int], None],
 ) -> Weights:
     """Return a model's weights, which may be used once the packing is done.
 
     ``progress`` is told of bytes that were packed at once instead.
     """
-    reader = WeightReader(source, packing, progress)
+    reader = WeightReader(source, device, packing, progress)
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = reader.matrix(("token_embd.weight", vocab, hidden))
     head, positions = embedding, None

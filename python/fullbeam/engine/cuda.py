@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A CUDA GPU: torch gives memory, matrix products and captured graphs, our kernels the rest.
+
+Everything goes to one stream. What the host writes for a step goes there in one copy from pinned
+memory; a step that comes again, of the same rounded sizes, is one graph launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from fullbeam import ops
+from fullbeam._core import Stop
+from fullbeam.engine.device import HostArray, Inputs, Packing, Part, Program, Results
+from fullbeam.ops import Array
+
+_ALIGNMENT = 256  # bytes, of arrays that travel together
+
+
+class CudaDevice:
+    """Tensors of torch, see `Device`.
+
+    Parameters
+    ----------
+    device
+        A CUDA device; the tests give "cpu", where emulated kernels compute.
+    dtype, kv_dtype
+        Of activations and weights, and of keys and values.
+    """
+
+    name = "cuda"
+    threads = 0
+    kv_share = 0.9
+    row_cost = 0.02  # estimated: weights are read once for all rows
+
+    def __init__(
+        self, device: str = "cuda", *, dtype: str = "bfloat16", kv_dtype: str = "bfloat16"
+    ) -> None:
+        self.dtype, self.kv_dtype = dtype, kv_dtype
+        self._device = torch.device(device)
+        self.runs_ahead = True
+        self._stream: Any = None
+        if self._is_gpu:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    @property
+    def _is_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
+
+    def upload(self, array: HostArray, dtype: str | None = None) -> Array:
+        # A copy in any case: the host's array may be a file's pages, which are let go.
+        tensor = torch.from_numpy(array.copy()).to(self._device)
+        return tensor if dtype is None else tensor.to(getattr(torch, dtype))
+
+    def pack(self, parts: list[Part]) -> Any:
+        rows, cols = sum(shape[0] for _, _, shape in parts), parts[0][2][1]
+        matrix = torch.empty((rows, cols), dtype=getattr(torch, self.dtype), device=self._device)
+        start = 0
+        for data, kind, shape in parts:
+            end = start + shape[0]
+            ops.dequantise(self.upload(data), kind, shape, out=matrix[start:end])
+            start = end
+        return matrix
+
+    def packing(self, spare_bytes: int) -> Packing:
+        return _Uploads(self)
+
+    def inputs(self, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> Inputs:
+        return _Block(arrays, self._device)
+
+    def rounded(self, count: int) -> int:
+        if count <= 8:
+            return 1 << (count - 1).bit_length() if count else 0
+        step = 8 if count <= 64 else 32 if count <= 512 else 128
+        return -(-count // step) * step
+
+    def program(self, record: Callable[[], None]) -> Program:
+        return _Graph(record) if self._is_gpu else _Calls(record)
+
+    def select(
+        self,
+        op: Callable[..., tuple[Array, ...]],
+        logits: Array,
+        options: Mapping[str, Any],
+        **more: Any,
+    ) -> Results:
+        arrays = {name: value for name, value in options.items() if value is not None}
+        inputs = self.inputs({name: (a.shape, a.dtype.name) for name, a in arrays.items()})
+        for name, array in arrays.items():
+            inputs.host[name][...] = array
+        inputs.send()
+        results = op(logits, **inputs.device, **more)
+        copies = [None if r is None else r.to("cpu", non_blocking=True) for r in results]
+        done = None if self._stream is None else self._stream.record_event()
+
+        def read() -> tuple[Any, ...]:
+            if done is not None:
+                done.synchronize()
+            return tuple(None if copy is None else copy.numpy() for copy in copies)
+
+        return Results(results, read)
+
+    def available_bytes(self) -> int:
+        if self._is_gpu:
+            return int(torch.cuda.mem_get_info(self._device)[0])
+        return 1 << 30
+
+
+class _Uploads:
+    """Weights that are there at once."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self.packed_bytes = 0
+
+    def add(self, parts: list[Part], release: bool) -> Any:
+        weight = self._device.pack(parts)
+        for data, _, _ in parts:
+            self.packed_bytes += data.nbytes
+        return weight
+
+    def wait(self, seconds: float) -> bool:
+        return True
+
+
+class _Block:
+    """A piece of the host's memory and one of the device's, cut into the same arrays."""
+
+    def __init__(
+        self, arrays: Mapping[str, tuple[tuple[int, ...], str]], device: torch.device
+    ) -> None:
+        places: dict[str, slice] = {}
+        end = 0
+        for name, (shape, dtype) in arrays.items():
+            num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+            places[name] = slice(end, end + num_bytes)
+            end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._host = torch.zeros(end, dtype=torch.uint8)
+        self._device = torch.zeros(end, dtype=torch.uint8, device=device)
+
+        def cut(block: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {
+                name: block[places[name]].view(getattr(torch, dtype)).view(shape)
+                for name, (shape, dtype) in arrays.items()
+            }
+
+        self.host: Mapping[str, HostArray] = {
+            name: tensor.numpy() for name, tensor in cut(self._host).items()
+        }
+        self.device: Mapping[str, Array] = cut(self._device)
+
+    def send(self) -> None:
+        if self._device.is_cuda:
+            # torch keeps this memory from being used again before it is copied.
+            pinned = torch.empty_like(self._host, pin_memory=True).copy_(self._host)
+            self._device.copy_(pinned, non_blocking=True)
+        else:
+            self._device.copy_(self._host)
+
+
+class _Calls:
+    """Calls the ops anew every time."""
+
+    def __init__(self, record: Callable[[], None]) -> None:
+        self._record = record
+
+    def run(self, stop: Stop | None = None) -> bool:
+        self._record()
+        return True
+
+
+class _Graph:
+    """A CUDA graph, captured when the ops come for the second time: the first may be the last."""
+
+    def __init__(self, record: Callable[[], None]) -> None:
+        self._record = record
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._has_run = False
+
+    def run(self, stop: Stop | None = None) -> bool:
+        if not self._has_run:  # kernels are loaded and workspaces grown, which a capture can't
+            self._record()
+            self._has_run = True
+            return True
+        if self._graph is None:
+            stream = torch.cuda.current_stream()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._record()
+            self._graph = graph
+        self._graph.replay()
+        return True

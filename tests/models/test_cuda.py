@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine on CUDA answers as on the CPU: with emulated kernels, and on a GPU where there is one.
+
+Weights, activations, keys and values are float32 here, so that only the order of sums differs:
+tokens are the same, log-probabilities up to rounding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import backends
+from fullbeam import _core, ops
+from fullbeam.engine.text import Piece
+from fullbeam.models import OpenModel, open_model
+from request_mix import (
+    CONTEXT,
+    PAGE_SIZE,
+    TINY,
+    Request,
+    complete,
+    make_engine,
+    repeating_requests,
+    requests,
+)
+
+torch = pytest.importorskip("torch")
+
+FAMILIES = ["llama", "gemma3", "qwen2"]
+
+
+def on_cuda(path: Path, backend: str) -> OpenModel:
+    from fullbeam.engine.cuda import CudaDevice
+
+    where = "cuda" if backend == "cuda" else "cpu"
+    return open_model(path, device=CudaDevice(where, dtype="float32", kv_dtype="float32"))
+
+
+def assert_same(answers: list[list[Piece]], expected: list[list[Piece]]) -> None:
+    for choices, wanted in zip(answers, expected, strict=True):
+        assert [c.token_ids for c in choices] == [w.token_ids for w in wanted]
+        for choice, want in zip(choices, wanted, strict=True):
+            assert choice.finish_reason == want.finish_reason
+            assert choice.logprobs is not None
+            assert want.logprobs is not None
+            got, right = choice.logprobs.token_logprobs, want.logprobs.token_logprobs
+            assert got == [None if r is None else pytest.approx(r, abs=1e-4) for r in right]
+
+
+@pytest.fixture(params=FAMILIES)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tiny, _ = TINY[request.param]
+    folder = tmp_path_factory.mktemp("cuda")
+    return tiny.write(folder / f"{request.param}.gguf", tiny.weights(seed=8), "F32")
+
+
+def on_cpu(path: Path, batch: list[Request], **options: Any) -> list[list[Piece]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_core", _core)  # whatever the test's backend is
+        model = open_model(path, threads=1)
+        model.decoder.device.kv_dtype = "float32"
+        return complete(make_engine(model, **options), batch)
+
+
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+def test_answers_are_those_of_the_cpu(path: Path, backend: str) -> None:
+    batch = requests()
+    assert_same(complete(make_engine(on_cuda(path, backend)), batch), on_cpu(path, batch))
+
+
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+def test_preemption_and_small_chunks_change_nothing(path: Path, backend: str) -> None:
+    batch = requests()
+    few = {"num_pages": CONTEXT // PAGE_SIZE, "token_budget": 32}
+    engine = make_engine(on_cuda(path, backend), **few)
+    assert_same(complete(engine, batch), on_cpu(path, batch))
+    assert engine.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+def test_a_prefix_hit_changes_nothing(path: Path, backend: str) -> None:
+    (long, greedy), (_, sampled) = requests()[3], requests()[4]
+    search = requests()[8][1]
+    longer = [*long, *requests()[1][0]]
+    engine = make_engine(on_cuda(path, backend))
+    complete(engine, [(long, greedy)])
+    batch = [(long, greedy), (long, sampled), (longer, search), (longer, sampled)]
+    answers = complete(engine, batch)
+    assert engine.stats().num_reused_tokens >= 4 * (len(long) // PAGE_SIZE - 1) * PAGE_SIZE
+    assert_same(answers, on_cpu(path, batch))
+
+
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+def test_drafts_change_nothing(path: Path, backend: str) -> None:
+    batch = repeating_requests()
+    engine = make_engine(on_cuda(path, backend))
+    assert_same(complete(engine, batch), on_cpu(path, batch))
+    assert engine.stats().num_accepted_tokens > 10
