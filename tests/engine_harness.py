@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fake_model
+from fullbeam.engine.device import Device
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.sequence import Event, Finished, Request
 from fullbeam.engine.text import Logprobs, Piece
@@ -16,8 +17,10 @@ from fullbeam.params import CompletionParams
 class Harness:
     """An engine, its fake decoder, and the events of every request."""
 
-    def __init__(self, *, context: int = 256, **options: Any) -> None:
+    def __init__(self, *, context: int = 256, device: Device | None = None, **options: Any) -> None:
         self.decoder = fake_model.FakeDecoder(context)
+        if device is not None:
+            self.decoder.device = device
         options.setdefault("page_size", 4)
         self.engine = Engine(self.decoder, fake_model.FakeTokenizer(), **options)
         self.events: dict[Request, list[Event]] = {}

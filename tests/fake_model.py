@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fullbeam.engine.batch import Batch
-from fullbeam.engine.device import CpuDevice
+from fullbeam.engine.device import CpuDevice, Device
 from fullbeam.params import CompletionParams
 
 PIECES = [b"", b"", b"a", b"b", b"c", b"d", b" ", b"\n", b"ab", b"bc", b"abc", b"cd", b" a", b"dd"]
@@ -93,7 +93,7 @@ class FakeDecoder:
     """Checks every batch, keeps the sizes of all, fails on demand."""
 
     row_cost = 0.1
-    device = CpuDevice(1)
+    device: Device = CpuDevice(1)
 
     def __init__(self, context_len: int = 512) -> None:
         self.config = SimpleNamespace(vocab_size=VOCAB_SIZE, context_len=context_len)
@@ -114,7 +114,10 @@ class FakeDecoder:
         check_batch(batch, kv.cells.shape)
         self.batches.append((len(batch.token_ids), len(batch.seq_lens), len(batch.logit_rows)))
         flat = kv.cells.reshape(-1)
-        flat[batch.slots] = _cells(batch.token_ids, batch.positions)
+        token_ids = batch.token_ids
+        if batch.drawn is not None:
+            token_ids = self.device.merged(token_ids, batch.sources, batch.drawn)
+        flat[batch.slots] = _cells(token_ids, batch.positions)
         if self.num_calls == self.fail_at:
             raise FloatingPointError("on demand")
         size = kv.cells.shape[1]
@@ -124,7 +127,7 @@ class FakeDecoder:
             where = keys_of(batch, int(row), int(owner))
             slots = batch.page_table[owner][where // size] * size + where % size
             logits[idx] = _logits(flat[slots])
-            if batch.token_ids[row] == self.nan_after:
+            if token_ids[row] == self.nan_after:
                 logits[idx] = np.nan
         return logits
 

@@ -17,6 +17,8 @@ import pytest
 
 import fake_model
 import fullbeam
+from fullbeam import _core
+from fullbeam.engine.device import why_no_cuda
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.sequence import Finished, RequestCancelled
 from fullbeam.model import Model, load, split_prompt
@@ -318,10 +320,23 @@ def test_load_puts_the_parts_together(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_load_refuses_devices() -> None:
     with pytest.raises(ValueError, match="device must be 'auto', 'cpu' or 'cuda', got 'gpu'"):
         load("x", device="gpu")
+
+
+@pytest.mark.skipif(_core.num_cuda_devices() > 0, reason="this machine has a GPU")
+def test_load_says_why_cuda_is_not_used() -> None:
     with pytest.raises(
-        NotImplementedError, match=r"^load: device must be 'auto' or 'cpu', got 'cuda': ."
+        ValueError, match=r"^load: device must be 'auto' or 'cpu' here, got 'cuda': ."
     ):
         load("x", device="cuda")
+
+
+def test_cuda_needs_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(_core, "num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_no_cuda() == f"torch {torch.__version__} has no CUDA: install a build of it that has"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert why_no_cuda().endswith('pip install "fullbeam[cuda]"')
 
 
 def test_end_of_a_prompt_costs_what_has_come_of_it() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
+from fullbeam.engine.device import choose_device
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
 from fullbeam.engine.memory import PAGE_SIZE, plan_kv, return_free_memory
@@ -45,7 +45,8 @@ def load(
     model
         Catalogue name, `.gguf` file, folder, or hub id; None: the catalogue's default.
     device
-        "auto" or "cpu"; the engine does not run on "cuda" yet (the ops do).
+        "cpu", or "cuda": the GPU that torch takes by default (CUDA_VISIBLE_DEVICES says which);
+        several are not used together. "auto" is the CPU, until the engine has been run on a GPU.
     threads
         Threads to compute with; None: one for each physical core.
     context
@@ -55,7 +56,8 @@ def load(
         Most choices decoded at once, 16 unless given.
     draft_tokens
         Most tokens of a choice that a step computes ahead, where its text repeats itself or the
-        prompt; 0: none; None: 15. Answers are the same, only sooner.
+        prompt; 0: none; None: 15 on the CPU, 0 on a GPU, whose steps overlap instead. Answers are
+        the same, only sooner.
     quantize
         "q8" or "q4" makes blocks of 8 or 4 bits of the matrices of a safetensors folder, once: the
         result is kept in the cache folder. None: as stored.
@@ -65,23 +67,16 @@ def load(
     Raises
     ------
     ValueError
-        For an unknown model or device, a damaged file, or when there is no room for the KV cache.
-    NotImplementedError
-        For device "cuda".
+        For an unknown model, a device that can't be used, a damaged file, or when there is no room
+        for the weights or the KV cache.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"load: device must be 'auto', 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda":
-        from fullbeam import _core
-
-        reason = _core.why_no_cuda_device() or "the engine runs on the CPU only, so far"
-        raise NotImplementedError(f"load: device must be 'auto' or 'cpu', got 'cuda': {reason}")
+    computes = choose_device(device, threads)
     from fullbeam.models import open_model
     from fullbeam.models.catalog import resolve
 
     path = resolve(model, progress=progress)
     opened = open_model(
-        path, threads=threads, context=context, quantize=quantize, progress=progress
+        path, device=computes, context=context, quantize=quantize, progress=progress
     )
     return_free_memory()
     decoder = opened.decoder
@@ -90,8 +85,8 @@ def load(
         model_context=decoder.config.context_len,
         context=context,
         max_rows=max_rows,
-        available_bytes=decoder.device.available_bytes(),
-        kv_share=decoder.device.kv_share,
+        available_bytes=computes.available_bytes(),
+        kv_share=computes.kv_share,
     )
     engine = Engine(
         decoder,
@@ -101,7 +96,7 @@ def load(
         num_pages=plan.num_pages,
         page_size=PAGE_SIZE,
         token_budget=max(512, plan.max_rows),
-        draft_tokens=DEFAULT_DRAFT_TOKENS if draft_tokens is None else draft_tokens,
+        draft_tokens=draft_tokens,
     )
     return Model(engine, name=opened.name, path=path)
 
@@ -117,7 +112,7 @@ class Model:
     def __init__(self, engine: Engine, *, name: str, path: Path | None = None) -> None:
         self.name = name
         self.path = path
-        self.device = "cpu"
+        self.device = engine.device_name
         self.engine = engine
         self.on_submit: Callable[[list[Request]], None] = lambda requests: None
         """Told of the requests of each call, in the thread that makes the call."""

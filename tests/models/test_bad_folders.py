@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import hf_models
 from fullbeam import models
-from fullbeam.engine import memory
+from fullbeam.engine import device
 from fullbeam.models import open_model
 
 Edit = Callable[[Path], Any]
@@ -180,7 +180,7 @@ def test_bad_folders_are_named(folder: Path, case: str) -> None:
 def test_a_model_that_does_not_fit_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 100 << 10)
+    monkeypatch.setattr(device, "available_bytes", lambda: 100 << 10)
     with pytest.raises(ValueError, match=r"must fit in memory: they take 0 MiB, 0 MiB are"):
         models.open_model(folder)
 

@@ -7,6 +7,7 @@ tokens are the same, log-probabilities up to rounding.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ from request_mix import (
 
 torch = pytest.importorskip("torch")
 
-FAMILIES = ["llama", "gemma3", "qwen2"]
-
 
 def on_cuda(path: Path, backend: str) -> OpenModel:
     from fullbeam.engine.cuda import CudaDevice
@@ -50,11 +49,18 @@ def assert_same(answers: list[list[Piece]], expected: list[list[Piece]]) -> None
             assert got == [None if r is None else pytest.approx(r, abs=1e-4) for r in right]
 
 
-@pytest.fixture(params=FAMILIES)
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tiny, _ = TINY[request.param]
-    folder = tmp_path_factory.mktemp("cuda")
-    return tiny.write(folder / f"{request.param}.gguf", tiny.weights(seed=8), "F32")
+@pytest.fixture
+def family() -> str:
+    return "llama"
+
+
+@pytest.fixture
+def path(family: str, tmp_path: Path) -> Path:
+    tiny, _ = TINY[family]
+    return tiny.write(tmp_path / f"{family}.gguf", tiny.weights(seed=8), "F32")
+
+
+FREE = {0, 1, 2, 3, 4, 5, 6, 7}  # of the requests: drawn by rules that don't change with the text
 
 
 def on_cpu(path: Path, batch: list[Request], **options: Any) -> list[list[Piece]]:
@@ -66,6 +72,7 @@ def on_cpu(path: Path, batch: list[Request], **options: Any) -> list[list[Piece]
 
 
 @pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+@pytest.mark.parametrize("family", TINY)
 def test_answers_are_those_of_the_cpu(path: Path, backend: str) -> None:
     batch = requests()
     assert_same(complete(make_engine(on_cuda(path, backend)), batch), on_cpu(path, batch))
@@ -99,3 +106,26 @@ def test_drafts_change_nothing(path: Path, backend: str) -> None:
     engine = make_engine(on_cuda(path, backend))
     assert_same(complete(engine, batch), on_cpu(path, batch))
     assert engine.stats().num_accepted_tokens > 10
+
+
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+@pytest.mark.parametrize("num_pages", [None, CONTEXT // PAGE_SIZE + 4])
+def test_steps_started_ahead_change_nothing(
+    path: Path, backend: str, num_pages: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = [requests()[idx] for idx in FREE]
+    # Some end by a token or a text that only shows once the next step is under way.
+    for idx, answer in enumerate(on_cpu(path, batch)):
+        ids = answer[0].token_ids
+        fields = {"stop_token_ids": [ids[8]]} if idx % 2 else {"max_tokens": 12 + idx}
+        prompt, params = batch[idx]
+        batch[idx] = prompt, dataclasses.replace(params, **fields)
+    engine = make_engine(on_cuda(path, backend), num_pages=num_pages)
+    launches: list[bool] = []
+    launch = engine._launch
+    monkeypatch.setattr(
+        engine, "_launch", lambda *args: launches.append(len(args) > 1) or launch(*args)
+    )
+    assert_same(complete(engine, batch), on_cpu(path, batch))
+    assert sum(launches) > len(launches) / 4
+    assert engine.stats().num_used_pages == 0

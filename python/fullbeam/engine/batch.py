@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+Array = Any  # of the device's kind
 Int32Array = npt.NDArray[np.int32]
 Uint32Array = npt.NDArray[np.uint32]
 Int64Array = npt.NDArray[np.int64]
@@ -46,6 +48,10 @@ class Batch:
     slot_positions: Int32Array = field(  # [num_decode, 32 * num_words], of the tokens in slots
         default_factory=lambda: np.zeros((0, 0), np.int32)
     )
+
+    # Where the last step's tokens are not known to the host yet:
+    drawn: Array | None = None  # int32 [num_drawn], on the device
+    sources: Int32Array = field(default_factory=_no_numbers)  # [num_tokens] of drawn; -1: token_ids
 
     @property
     def num_decode_rows(self) -> int:

@@ -46,7 +46,9 @@ class CudaDevice:
         self._device = torch.device(device)
         self.runs_ahead = True
         self._stream: Any = None
+        self._pool: Any = None
         if self._is_gpu:
+            self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @property
@@ -55,11 +57,14 @@ class CudaDevice:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
+        with torch.cuda.stream(self._stream):  # None: as it is
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"the GPU's memory is full: {self.available_bytes() >> 20} MiB are free: lower "
+                    "context or max_rows, end what else uses it, or choose a smaller model"
+                ) from error
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
@@ -68,6 +73,10 @@ class CudaDevice:
         # A copy in any case: the host's array may be a file's pages, which are let go.
         tensor = torch.from_numpy(array.copy()).to(self._device)
         return tensor if dtype is None else tensor.to(getattr(torch, dtype))
+
+    def weight_bytes(self, shape: tuple[int, ...], file_bytes: int) -> int:
+        size: int = getattr(torch, self.dtype).itemsize
+        return size * math.prod(shape)
 
     def pack(self, parts: list[Part]) -> Any:
         rows, cols = sum(shape[0] for _, _, shape in parts), parts[0][2][1]
@@ -91,8 +100,11 @@ class CudaDevice:
         step = 8 if count <= 64 else 32 if count <= 512 else 128
         return -(-count // step) * step
 
+    def merged(self, token_ids: Array, sources: Array, drawn: Array) -> Array:
+        return torch.where(sources < 0, token_ids, drawn.index_select(0, sources.clamp_min(0)))
+
     def program(self, record: Callable[[], None]) -> Program:
-        return _Graph(record) if self._is_gpu else _Calls(record)
+        return _Graph(record, self._pool) if self._is_gpu else _Calls(record)
 
     def select(
         self,
@@ -189,8 +201,9 @@ class _Calls:
 class _Graph:
     """A CUDA graph, captured when the ops come for the second time: the first may be the last."""
 
-    def __init__(self, record: Callable[[], None]) -> None:
+    def __init__(self, record: Callable[[], None], pool: Any) -> None:
         self._record = record
+        self._pool = pool  # of memory, one for all graphs: one runs at a time
         self._graph: torch.cuda.CUDAGraph | None = None
         self._has_run = False
 
@@ -200,10 +213,12 @@ class _Graph:
             self._has_run = True
             return True
         if self._graph is None:
-            stream = torch.cuda.current_stream()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
                 self._record()
+            finally:
+                graph.capture_end()
             self._graph = graph
         self._graph.replay()
         return True

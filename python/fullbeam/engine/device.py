@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -110,6 +111,9 @@ class Device(Protocol):
     def upload(self, array: HostArray, dtype: str | None = None) -> Array:
         """An array on the device, of its own dtype unless another is given."""
 
+    def weight_bytes(self, shape: tuple[int, ...], file_bytes: int) -> int:
+        """Memory that a weight of a file takes."""
+
     def pack(self, parts: list[Part]) -> Any:
         """A weight for `ops.linear` and `ops.embedding`; see `ops.pack_weight`."""
 
@@ -127,6 +131,9 @@ class Device(Protocol):
 
     def rounded(self, count: int) -> int:
         """How many rows to run where `count` are wanted, so that few programs serve all counts."""
+
+    def merged(self, token_ids: Array, sources: Array, drawn: Array) -> Array:
+        """``drawn[sources]``, and ``token_ids`` where a source is negative."""
 
     def program(self, record: Callable[[], None]) -> Program:
         """What `record` calls of ops. The arrays stay the caller's to keep."""
@@ -212,6 +219,9 @@ class CpuDevice:
     def upload(self, array: HostArray, dtype: str | None = None) -> Array:
         return array if dtype is None else array.astype(dtype, copy=False)
 
+    def weight_bytes(self, shape: tuple[int, ...], file_bytes: int) -> int:
+        return file_bytes
+
     def pack(self, parts: list[Part]) -> Any:
         return _core.pack_weight(parts)
 
@@ -224,6 +234,9 @@ class CpuDevice:
 
     def rounded(self, count: int) -> int:
         return count
+
+    def merged(self, token_ids: Array, sources: Array, drawn: Array) -> Array:
+        return np.where(sources < 0, token_ids, drawn[np.maximum(sources, 0)])
 
     def program(self, record: Callable[[], None]) -> Program:
         _core.start_recording()
@@ -245,3 +258,42 @@ class CpuDevice:
 
     def available_bytes(self) -> int:
         return available_bytes()
+
+
+def choose_device(name: str, threads: int | None) -> Device:
+    """What `fullbeam.load` computes with.
+
+    Parameters
+    ----------
+    name
+        "auto", "cpu" or "cuda".
+    threads
+        Of the CPU; None: its physical cores.
+
+    Raises
+    ------
+    ValueError
+        For another name, or where there is no GPU, or no torch to use it.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"load: device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+    if name == "cuda":
+        if reason := why_no_cuda():
+            raise ValueError(f"load: device must be 'auto' or 'cpu' here, got 'cuda': {reason}")
+        from fullbeam.engine.cuda import CudaDevice
+
+        return CudaDevice()
+    return CpuDevice(_core.num_physical_cores() if threads is None else threads)
+
+
+def why_no_cuda() -> str:
+    """Why `CudaDevice` can't be used here; "" where it can."""
+    if _core.num_cuda_devices() == 0:
+        return _core.why_no_cuda_device()
+    if importlib.util.find_spec("torch") is None:
+        return 'torch must be there, which multiplies matrices: pip install "fullbeam[cuda]"'
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} has no CUDA: install a build of it that has"
+    return ""

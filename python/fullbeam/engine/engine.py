@@ -14,7 +14,7 @@ from typing import Any
 
 from fullbeam._core import Stop
 from fullbeam.engine.batch import Int32Array
-from fullbeam.engine.decoder import Selector
+from fullbeam.engine.decoder import Choice, Selector
 from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
 from fullbeam.engine.pages import PagePool
 from fullbeam.engine.prompt import encode_infill, encode_prompt, heal
@@ -32,6 +32,7 @@ from fullbeam.engine.sequence import (
 )
 from fullbeam.engine.sequence import Sequence as TokenSequence
 from fullbeam.engine.text import Piece, Tokenizer, TokenNames
+from fullbeam.ops import Array
 from fullbeam.params import (
     DEFAULT_MAX_TOKENS,
     CompletionParams,
@@ -65,6 +66,14 @@ class EngineStats:
     num_cancelled: int  # prompts that were cancelled before they were done
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step under way."""
+
+    works: list[Work]
+    choice: Choice
+
+
 class Engine:
     """Completes many prompts at once.
 
@@ -84,7 +93,9 @@ class Engine:
         Most prompt tokens in a step whose logits are kept to be scored.
     draft_tokens
         Most tokens of a row that a step computes ahead, as guessed from what its prompt and text
-        repeat; 0: none. Answers don't change; fewer are guessed, or none, where it would not pay.
+        repeat; 0: none; None: 15 on the CPU, 0 on a GPU, where steps are started before the tokens
+        of the one before are known, which drafts would need. Answers don't change; fewer are
+        guessed, or none, where it would not pay.
 
     Notes
     -----
@@ -103,8 +114,10 @@ class Engine:
         page_size: int = 16,
         token_budget: int = 512,
         max_scored_tokens: int = 64,
-        draft_tokens: int = DEFAULT_DRAFT_TOKENS,
+        draft_tokens: int | None = None,
     ) -> None:
+        if draft_tokens is None:
+            draft_tokens = 0 if decoder.device.runs_ahead else DEFAULT_DRAFT_TOKENS
         context = decoder.config.context_len if context is None else context
         _at_least("context", context, 1)
         _at_least("max_rows", max_rows, 1)
@@ -145,6 +158,8 @@ class Engine:
             max_tokens=token_budget,
         )
         self._selector = Selector(decoder.device)
+        self._runs_ahead = decoder.device.runs_ahead and draft_tokens == 0
+        self._flight: _Flight | None = None
         self._inbox: deque[tuple[Callable[[Request], None], Request]] = deque()
         self._lock = threading.Lock()  # held while the state below the inbox changes
         self._computing: set[Request] = set()  # what a step is for, without what was cancelled
@@ -258,15 +273,22 @@ class Engine:
         """Compute the next tokens of whatever is running; return whether there was work."""
         with self._lock, self._device.active():
             busy = self._read_inbox()
-            try:
-                works = self._scheduler.plan()
-            except Exception as cause:
-                scheduler = self._scheduler
-                self._fail_all([*scheduler.running, *scheduler.waiting], cause)
-                return True
-            if works:
-                self._run(works)
-            return busy or bool(works)
+            flight, self._flight = self._flight, None
+            if flight is None:
+                try:
+                    works = self._scheduler.plan()
+                except Exception as cause:
+                    scheduler = self._scheduler
+                    self._fail_all([*scheduler.running, *scheduler.waiting], cause)
+                    return True
+                if not works:
+                    return busy
+                flight = self._launch(works)
+            if flight is not None:
+                if self._runs_ahead and (ahead := self._scheduler.plan_ahead(flight.works)):
+                    self._flight = self._launch(ahead, flight.choice.token_ids)
+                self._land(flight)
+            return True
 
     def generate(
         self, prompt: str | Sequence[int] | None, params: CompletionParams | None = None
@@ -288,10 +310,16 @@ class Engine:
         """Cancel every request and accept no more."""
         self._is_closed = True
         with self._lock:
+            self._flight = None
             self._read_inbox()
             scheduler = self._scheduler
             for sequence in [*scheduler.running, *scheduler.waiting]:
                 self._drop(sequence.request)
+
+    @property
+    def device_name(self) -> str:
+        """What computes: "cpu" or "cuda"."""
+        return self._device.name
 
     @property
     def num_waiting(self) -> int:
@@ -478,17 +506,26 @@ class Engine:
         for sequence in sequences:
             self._fail(sequence.request, _fault("the step failed", cause))
 
-    def _run(self, works: list[Work]) -> None:
+    def _launch(self, works: list[Work], drawn: Array | None = None) -> _Flight | None:
+        """Start a step; `drawn` are the tokens of the step under way that this one goes on from."""
         stop = Stop()
         with self._computing_lock:
             self._stop = stop
             self._computing = {work.sequence.request for work in works}
         try:
-            logits = self._runner.forward(works, stop)
-            selection = self._selector.start(works, logits).finish()
-            changed, done, failed = self._scheduler.commit(works, selection)
+            logits = self._runner.forward(works, stop, drawn)
+            return _Flight(works, self._selector.start(works, logits))
         except Interrupted:
-            return  # all that was computed is about to be dropped
+            return None  # all that was computed is about to be dropped
+        except Exception as cause:
+            self._fail_all([work.sequence for work in works], cause)
+            return None
+
+    def _land(self, flight: _Flight) -> None:
+        """Wait for a step and take what came of it."""
+        works = flight.works
+        try:
+            changed, done, failed = self._scheduler.commit(works, flight.choice.finish())
         except Exception as cause:
             self._fail_all([work.sequence for work in works], cause)
             return

@@ -92,11 +92,14 @@ class Runner:
         self._page_table = np.full((max_seqs, max_pages_per_seq), -1, np.int32)
         self._seq_lens = np.zeros(max_seqs, np.int32)
 
-    def forward(self, works: list[Work], stop: Stop) -> Array:
-        """Return the logits that the work asks for, in its order: scored tokens, then the last."""
-        return self._decoder.forward(self.batch(works), self._kv, stop)
+    def forward(self, works: list[Work], stop: Stop, drawn: Array | None = None) -> Array:
+        """Return the logits that the work asks for, in its order: scored tokens, then the last.
 
-    def batch(self, works: list[Work]) -> Batch:
+        `drawn` are tokens on the device, which work that has a `source` goes on from.
+        """
+        return self._decoder.forward(self.batch(works, drawn), self._kv, stop)
+
+    def batch(self, works: list[Work], drawn: Array | None = None) -> Batch:
         """Lay the work out for the model."""
         size = self._page_size
         token_ids, positions, slots = self._token_ids, self._positions, self._slots
@@ -109,7 +112,7 @@ class Runner:
                 self._lay_out_level(work, idx, num_tokens)
             elif count == 1:
                 num_decode += 1
-                token_ids[num_tokens] = work.ids[start]
+                token_ids[num_tokens] = work.ids[start] if work.source < 0 else 0
                 positions[num_tokens] = start
                 slots[num_tokens] = work.table.pages[start // size] * size + start % size
             else:
@@ -131,6 +134,7 @@ class Runner:
             self._query_starts[idx + 1] = num_tokens
             logit_rows += range(num_tokens - work.num_draws, num_tokens)
         num_seqs = len(works)
+        sources = [] if drawn is None else [work.source for work in works]
         return Batch(
             token_ids=token_ids[:num_tokens],
             positions=positions[:num_tokens],
@@ -140,6 +144,8 @@ class Runner:
             page_table=self._page_table[:num_seqs],
             seq_lens=self._seq_lens[:num_seqs],
             logit_rows=np.array(logit_rows, np.int32),
+            drawn=drawn,
+            sources=np.array(sources, np.int32),
             **self._slot_arrays(works[:num_decode]),
         )
 

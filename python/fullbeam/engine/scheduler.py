@@ -31,6 +31,7 @@ class Work:
     nodes: list[Node] = field(default_factory=list)  # of a search: one token for each
     expands: bool = False  # the search chooses its next tokens from the logits
     drafts: list[int] = field(default_factory=list)  # the last tokens: guessed, to be drawn at
+    source: int = -1  # the one token is what this row of the step under way draws
     num_taken: int = 0  # tokens that came of it, of the row that got most; set by commit
 
     @property
@@ -38,6 +39,11 @@ class Work:
         """The sequence, where it is a search."""
         assert isinstance(self.sequence, Search)
         return self.sequence
+
+    @property
+    def is_void(self) -> bool:
+        """Whether its row ended, or its sequence was dropped, while the step was under way."""
+        return self.row is not None and self.row.table is not self.table
 
     @property
     def num_draws(self) -> int:
@@ -122,6 +128,31 @@ class Scheduler:
         works.sort(key=_is_chunk)
         return works
 
+    def plan_ahead(self, works: list[Work]) -> list[Work]:
+        """Choose the work of the step after the one under way, whose tokens are not known yet.
+
+        None unless all that runs are rows that draw a token each, freely: what they may draw, or
+        which of them go on, must not hang on those tokens. A row that turns out to have ended
+        computes one token for nothing.
+        """
+        live = [work for work in works if not work.is_void]
+        if len(live) != sum(sequence.num_rows for sequence in self.running):
+            return []
+        if not all(_draws_freely(work) for work in works) or self._can_admit():
+            return []
+        if self.pool.num_available < len(live):  # a preemption must see the tokens
+            return []
+        ahead: list[Work] = []
+        for idx, work in enumerate(works):
+            row, start = work.row, work.start + work.count
+            if row is not None and not work.is_void and start + 1 < len(row.ids):
+                reserved = work.table.reserve(start + 1 - work.table.num_tokens, self._copy_page)
+                assert reserved
+                ahead.append(
+                    Work(work.sequence, row, work.table, row.ids, start, 1, [row], source=idx)
+                )
+        return ahead
+
     def remove(self, sequence: Sequence) -> None:
         """Drop a sequence, wherever it is, and free its rows and pages."""
         if sequence.is_admitted:
@@ -140,9 +171,13 @@ class Scheduler:
         """
         changed: list[Row] = []
         failed: list[Sequence] = []
+        live = [work for work in works if not work.is_void]
         next_draw = 0
         for work in works:
             sequence = work.sequence
+            if work.is_void:
+                next_draw += work.num_draws
+                continue
             for row in work.drawing:
                 draws = slice(next_draw, next_draw + 1 + len(work.drafts))
                 num_taken = row.take(
@@ -177,7 +212,7 @@ class Scheduler:
                 if row.finish_reason is not None and row.table is not None:
                     row.table.release()
                     row.table = None
-        done = [work.sequence for work in works if work.sequence.is_done]
+        done = [work.sequence for work in live if work.sequence.is_done]
         done = list(dict.fromkeys(done))
         for sequence in done:
             self.remove(sequence)
@@ -282,6 +317,10 @@ class Scheduler:
         self._tokens_left -= count
         return row.drafter.draft(row.ids, row.num_tokens, count)
 
+    def _can_admit(self) -> bool:
+        num_rows = sum(sequence.num_rows for sequence in self.running)
+        return bool(self.waiting) and num_rows + self.waiting[0].num_rows <= self._max_rows
+
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         sequence.release()
@@ -323,6 +362,14 @@ class Scheduler:
         sequence.trunk = trunk
         sequence.is_admitted = True
         return True
+
+
+def _draws_freely(work: Work) -> bool:
+    """Whether a row draws, by rules that don't change with the tokens before."""
+    row = work.row
+    if row is None or not work.drawing or work.drafts:
+        return False
+    return row.history is None and row.sequence.request.rules is None
 
 
 def _is_chunk(work: Work) -> bool:

@@ -69,8 +69,10 @@ def open_model(
     report = progress if progress is not None else (lambda fraction, what: None)
     with device.active(), _open_source(path, quantize, report) as source:
         config = read_config(source, context=context)
-        total = sum(tensor.num_bytes for tensor in source.tensors.values())
-        _require_room(path, total)
+        tensors = source.tensors.values()
+        total = sum(tensor.num_bytes for tensor in tensors)
+        needed = sum(device.weight_bytes(tensor.shape, tensor.num_bytes) for tensor in tensors)
+        _require_room(path, needed, device.available_bytes())
         packing = device.packing(_BUILD_BYTES * config.vocab_size)
         done = 0
 
@@ -125,11 +127,9 @@ def _open_source(path: Path, quantize: str | None, report: Callable[[float, str]
     return GgufFile.open(path)
 
 
-def _require_room(path: Path, num_bytes: int) -> None:
-    from fullbeam.engine.memory import available_bytes
-
-    if num_bytes > (available := available_bytes()):
+def _require_room(path: Path, num_bytes: int, available: int) -> None:
+    if num_bytes > available:
         raise ValueError(
             f"{path}: the weights must fit in memory: they take {num_bytes >> 20} MiB, "
-            f"{available >> 20} MiB are available"
+            f"{available >> 20} MiB are available: choose a smaller model"
         )

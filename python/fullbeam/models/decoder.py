@@ -99,6 +99,7 @@ class _Buffers:
                 "token_ids": ((tokens,), "int32"),
                 "positions": ((tokens,), "int32"),
                 "slots": ((tokens,), "int64"),
+                "sources": ((tokens,), "int32"),
                 "decode_starts": ((seqs + 1,), "int32"),
                 "chunk_starts": ((seqs + 1,), "int32"),
                 "decode_lens": ((seqs,), "int32"),
@@ -116,6 +117,8 @@ class _Buffers:
         def zeros(*shape: int) -> Array:
             return device.zeros(shape, device.dtype)
 
+        # Tokens that the step before drew, where the host doesn't know them yet.
+        self.drawn = device.zeros((tokens,), "int32") if device.runs_ahead else None
         self.hidden = zeros(tokens, config.hidden_size)
         self.normed = zeros(tokens, config.hidden_size)
         self.qkv = zeros(tokens, q_size + 2 * kv_size)
@@ -158,6 +161,10 @@ class _Buffers:
             _fill(host["num_slots"][: shape.num_decode], batch.num_slots, 0)
             host["visible"][:num_rows, : batch.num_words] = batch.visible
             host["slot_positions"][:num_decode, : 32 * batch.num_words] = batch.slot_positions
+        if self.drawn is not None:
+            _fill(host["sources"][: shape.num_tokens], batch.sources, -1)
+            if batch.drawn is not None:
+                self.drawn[: len(batch.drawn)] = batch.drawn
         self.inputs.send()
 
 
@@ -260,6 +267,8 @@ class Decoder:
                 "positions": positions[:num_rows],
             }
         token_ids, slots = given["token_ids"][:n], given["slots"][:n]
+        if b.drawn is not None:
+            token_ids = self.device.merged(token_ids, given["sources"][:n], b.drawn)
         ops.embedding(token_ids, self.weights.embedding, scale=config.embedding_scale, out=hidden)
         if self.weights.positions is not None:
             ops.embedding(positions, self.weights.positions, residual=hidden, out=hidden)
