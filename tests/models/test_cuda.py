@@ -103,7 +103,7 @@ def test_a_prefix_hit_changes_nothing(path: Path, backend: str) -> None:
 @pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
 def test_drafts_change_nothing(path: Path, backend: str) -> None:
     batch = repeating_requests()
-    engine = make_engine(on_cuda(path, backend))
+    engine = make_engine(on_cuda(path, backend), draft_tokens=15)
     assert_same(complete(engine, batch), on_cpu(path, batch))
     assert engine.stats().num_accepted_tokens > 10
 
