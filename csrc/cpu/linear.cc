@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix product out = x * weight^T [+ bias] [+ residual] with the packed weights of core/weight.h.
 // Mapping: activations are quantised once; threads then take panels of 16 rows as they become free.
-// A panel's tile (16 rows x 32 columns) is unpacked once and meets up to kBlockTokens tokens,
-// kTokensPerTile at a time in registers. Cost: at few tokens the packed bytes of the weight, once;
-// at many, 512 multiply-adds per tile and token. Numerics: exact int32 inside a tile (half a tile
-// for Q6_K); float32 over tiles, in column order. A row of the result depends on its own token
+// Up to kMaxTokens tokens meet a panel together, their sums in registers; more do so in turns or,
+// where that is faster, tile by tile. Cost: at few tokens the packed bytes of the weight,
+// once; at many, 512 multiply-adds per tile and token. Numerics: exact int32 inside a tile (half a
+// tile for Q6_K); float32 over tiles, in column order. A row of the result depends on its own token
 // alone: the order of its float operations is the same for every number of tokens. Source: the
 // interleaving of rows is the idea of ik_llama.cpp's repacked types; the layout and the code are
 // our own.
@@ -16,7 +16,7 @@
 namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
-constexpr std::int64_t kBlockTokens = 64;    // their sums (4 KiB) stay in L1 beside the tile
+constexpr std::int64_t kBlockTokens = 64;    // their activations stay in L2
 constexpr std::int64_t kQuantiseTokens = 8;  // a divisor of kBlockTokens
 // Bytes of weights from use to prefetch, into L2: L1 has too few misses in flight to keep the
 // memory busy while products run. Measured on Zen 4 (weights in memory, 2 threads), time against
@@ -85,29 +85,31 @@ void quantise_tokens(const LinearParams& p, std::int64_t begin, std::int64_t end
   }
 }
 
+constexpr bool has_super(ScaleKind scales) {
+  return scales == ScaleKind::k || scales == ScaleKind::k16;
+}
+
 // What turns a tile's integer sums into floats: per row, in registers.
 template <ScaleKind kScales>
 struct TileScales {
   F32 d[kScales == ScaleKind::k16 ? 2 : 1][kParts];
   F32 m[kParts];
 
-  FULLBEAM_INLINE TileScales(const std::uint8_t* scales, const std::uint8_t* super) {
+  // `super`: what precedes every 8 tiles.
+  FULLBEAM_INLINE TileScales(const std::uint8_t* scales, const F32 (*super)[kParts]) {
+    const auto* halves = reinterpret_cast<const Half*>(scales);
     for (int i = 0; i < kParts; ++i) {
-      const auto* halves = reinterpret_cast<const Half*>(
-          kScales == ScaleKind::k || kScales == ScaleKind::k16 ? super : scales);
-      const F32 first = load(halves + i * kLanes);
       if constexpr (kScales == ScaleKind::d) {
-        d[0][i] = first;
+        d[0][i] = load(halves + i * kLanes);
       } else if constexpr (kScales == ScaleKind::dm) {
-        d[0][i] = first;
+        d[0][i] = load(halves + i * kLanes);
         m[i] = load(halves + 16 + i * kLanes);
       } else if constexpr (kScales == ScaleKind::k) {
-        d[0][i] = mul(first, widen_u8(scales + i * kLanes));
-        m[i] = sub(set1(0.0f),
-                   mul(load(halves + 16 + i * kLanes), widen_u8(scales + 16 + i * kLanes)));
+        d[0][i] = mul(super[0][i], widen_u8(scales + i * kLanes));
+        m[i] = mul(super[1][i], widen_u8(scales + 16 + i * kLanes));
       } else {
-        d[0][i] = mul(first, widen_i8(scales + i * kLanes));
-        d[1][i] = mul(first, widen_i8(scales + 16 + i * kLanes));
+        d[0][i] = mul(super[0][i], widen_i8(scales + i * kLanes));
+        d[1][i] = mul(super[0][i], widen_i8(scales + 16 + i * kLanes));
       }
     }
   }
@@ -139,43 +141,80 @@ FULLBEAM_INLINE void add_tile(const Tile<kBits>& tile, const TileScales<kScales>
   }
 }
 
-// One panel of 16 rows against tokens [begin, begin + count), count <= kBlockTokens, sums left in
-// acc. kFew: the count itself where it is small enough for the sums to stay in registers, else 0.
+// One panel of 16 rows against tokens [begin, begin + count) of one block, sums left in `out`.
+// kFew: the count where the sums stay in registers meanwhile, else 0.
 template <int kBits, ScaleKind kScales, int kFew>
-void quantised_panel(const std::uint8_t* p, const Activations& a, std::int64_t begin,
-                     std::int64_t count, F32 (*out)[kParts]) {
+__attribute__((noinline)) void some_tokens(const std::uint8_t* p, const Activations& a,
+                                           std::int64_t begin, std::int64_t count,
+                                           std::int64_t ahead, F32 (*out)[kParts]) {
   constexpr QuantLayout kLayout{kBits, kScales, 0};
-  F32 few[kFew > 0 ? kFew : 1][kParts];
-  F32(*acc)[kParts] = kFew > 0 ? few : out;
-  for (std::int64_t t = 0; t < (kFew > 0 ? kFew : count); ++t) {
-    for (int i = 0; i < kParts; ++i) acc[t][i] = set1(0.0f);
+  F32 few[kFew > 0 ? kFew : 1][kParts], super[2][kParts];
+#pragma GCC unroll 8
+  for (int t = 0; t < kFew; ++t) {  // unrolled, or the sums would stay in memory
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) few[t][i] = set1(0.0f);
   }
-  const std::uint8_t* super = p;
-  for (std::int64_t tile = 0; tile < a.num_tiles; ++tile) {
-    if (kLayout.super_bytes() > 0 && tile % kTilesPerSuper == 0) {
-      super = p;
+  for (std::int64_t t = 0; t < (kFew > 0 ? 0 : count); ++t) {
+    for (int i = 0; i < kParts; ++i) out[t][i] = set1(0.0f);
+  }
+  std::int64_t at = a.place(begin, 0);
+  const std::int64_t stride = a.place(begin, 1) - at;
+  const std::int64_t run = has_super(kScales) ? kTilesPerSuper : a.num_tiles;
+  for (std::int64_t first = 0; first < a.num_tiles; first += run) {
+    if constexpr (has_super(kScales)) {
+      const auto* halves = reinterpret_cast<const Half*>(p);
+      for (int i = 0; i < kParts; ++i) {
+        super[0][i] = load(halves + i * kLanes);
+        if constexpr (kScales == ScaleKind::k)
+          super[1][i] = sub(set1(0.0f), load(halves + 16 + i * kLanes));
+      }
       p += kLayout.super_bytes();
     }
-    for (std::int64_t line = 0; line < kLayout.tile_bytes(); line += 64)
-      __builtin_prefetch(p + kAhead + line, 0, 2);
-    const Tile<kBits> values(p);
-    const TileScales<kScales> scales(p + kLayout.value_bytes(), super);
-    p += kLayout.tile_bytes();
-    const std::int64_t at = a.place(begin, tile);
-    if constexpr (kFew > 0) {
-      add_tile<kBits, kScales, kFew>(values, scales, a, at, few);
-    } else {
-      std::int64_t t = 0;
-      for (; t + kTokensPerTile <= count; t += kTokensPerTile) {
-        add_tile<kBits, kScales, kTokensPerTile>(values, scales, a, at + t, acc + t);
+    for (std::int64_t tile = 0; tile < run; ++tile) {
+      for (std::int64_t line = 0; line < kLayout.tile_bytes(); line += 64)
+        __builtin_prefetch(p + ahead + line, 0, 2);
+      const Tile<kBits> values(p);
+      const TileScales<kScales> scales(p + kLayout.value_bytes(), super);
+      if constexpr (kFew > 0) {
+        add_tile<kBits, kScales, kFew>(values, scales, a, at, few);
+      } else {
+        std::int64_t t = 0;
+        for (; t + kMaxTokens <= count; t += kMaxTokens)
+          add_tile<kBits, kScales, kMaxTokens>(values, scales, a, at + t, out + t);
+        for (; t < count; ++t) add_tile<kBits, kScales, 1>(values, scales, a, at + t, out + t);
       }
-      for (; t < count; ++t) add_tile<kBits, kScales, 1>(values, scales, a, at + t, acc + t);
+      p += kLayout.tile_bytes();
+      at += stride;
     }
   }
-  if constexpr (kFew > 0) {
-    for (int t = 0; t < kFew; ++t) {
-      for (int i = 0; i < kParts; ++i) out[t][i] = few[t][i];
-    }
+#pragma GCC unroll 8
+  for (int t = 0; t < kFew; ++t) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) out[t][i] = few[t][i];
+  }
+}
+
+template <int kBits, ScaleKind kScales, int kFew = kMaxTokens>
+void few_tokens(const std::uint8_t* panel, const Activations& a, std::int64_t begin,
+                std::int64_t count, std::int64_t ahead, F32 (*out)[kParts]) {
+  if (count == kFew) return some_tokens<kBits, kScales, kFew>(panel, a, begin, count, ahead, out);
+  if constexpr (kFew > 1) few_tokens<kBits, kScales, kFew - 1>(panel, a, begin, count, ahead, out);
+}
+
+// The same for any count.
+template <int kBits, ScaleKind kScales>
+void quantised_panel(const std::uint8_t* panel, const Activations& a, std::int64_t begin,
+                     std::int64_t count, F32 (*out)[kParts]) {
+  if constexpr (!kUnpacksAgain) {
+    if (count > kMaxTokens)
+      return some_tokens<kBits, kScales, 0>(panel, a, begin, count, kAhead, out);
+  }
+  // In turns of about the same number of tokens.
+  const std::int64_t num_turns = (count + kMaxTokens - 1) / kMaxTokens;
+  for (std::int64_t turn = 0; turn < num_turns; ++turn) {
+    const std::int64_t first = count * turn / num_turns, end = count * (turn + 1) / num_turns;
+    few_tokens<kBits, kScales>(panel, a, begin + first, end - first, turn == 0 ? kAhead : 0,
+                               out + first);
   }
 }
 
@@ -213,17 +252,6 @@ void float_panel(const std::uint8_t* data, const LinearParams& p, std::int64_t b
   for (; t < count; ++t) float_tokens<T, 1>(panel, p, begin + t, out + t);
 }
 
-template <int kBits, ScaleKind kScales>
-void any_count(const std::uint8_t* data, const Activations& a, std::int64_t begin,
-               std::int64_t count, F32 (*out)[kParts]) {
-  switch (count) {
-    case 1:
-      return quantised_panel<kBits, kScales, 1>(data, a, begin, count, out);
-    default:
-      return quantised_panel<kBits, kScales, 0>(data, a, begin, count, out);
-  }
-}
-
 void one_panel(const LinearParams& p, const WeightSegment& segment, std::int64_t panel,
                const Activations& a, std::int64_t begin, std::int64_t count, F32 (*out)[kParts]) {
   const std::uint8_t* data = segment.data + panel * segment.panel_bytes;
@@ -235,21 +263,21 @@ void one_panel(const LinearParams& p, const WeightSegment& segment, std::int64_t
     case WeightType::bf16:
       return float_panel<BFloat>(data, p, begin, count, out);
     case WeightType::q8_0:
-      return any_count<8, ScaleKind::d>(data, a, begin, count, out);
+      return quantised_panel<8, ScaleKind::d>(data, a, begin, count, out);
     case WeightType::q4_0:
-      return any_count<4, ScaleKind::d>(data, a, begin, count, out);
+      return quantised_panel<4, ScaleKind::d>(data, a, begin, count, out);
     case WeightType::q4_1:
-      return any_count<4, ScaleKind::dm>(data, a, begin, count, out);
+      return quantised_panel<4, ScaleKind::dm>(data, a, begin, count, out);
     case WeightType::q5_0:
-      return any_count<5, ScaleKind::d>(data, a, begin, count, out);
+      return quantised_panel<5, ScaleKind::d>(data, a, begin, count, out);
     case WeightType::q5_1:
-      return any_count<5, ScaleKind::dm>(data, a, begin, count, out);
+      return quantised_panel<5, ScaleKind::dm>(data, a, begin, count, out);
     case WeightType::q4_k:
-      return any_count<4, ScaleKind::k>(data, a, begin, count, out);
+      return quantised_panel<4, ScaleKind::k>(data, a, begin, count, out);
     case WeightType::q5_k:
-      return any_count<5, ScaleKind::k>(data, a, begin, count, out);
+      return quantised_panel<5, ScaleKind::k>(data, a, begin, count, out);
     case WeightType::q6_k:
-      return any_count<6, ScaleKind::k16>(data, a, begin, count, out);
+      return quantised_panel<6, ScaleKind::k16>(data, a, begin, count, out);
   }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner product of one tile: 16 rows x 32 columns of unsigned values against int8 activations
-// of some tokens, in exact int32. One version per instruction set; everything else about the matrix
-// product is in linear.cc.
+// of up to kMaxTokens tokens, in exact int32. One version per instruction set; everything else
+// about the matrix product is in linear.cc.
 #pragma once
 #include "core/weight.h"
 #include "cpu/vec.h"
@@ -34,7 +34,10 @@ inline void write_offsets(std::int32_t* p, std::int64_t stride, std::int32_t fir
 #if defined(FULLBEAM_ISA_avx512)
 
 using I32 = __m512i;
-constexpr int kTokensPerTile = 8;
+constexpr int kMaxTokens = 8;
+// Whether a tile is unpacked for every kMaxTokens tokens, on pipes that the products leave free,
+// rather than once for all.
+constexpr bool kUnpacksAgain = true;
 
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
 // Rounded to the nearest whole number, which int8 holds; returns their sum.
@@ -53,54 +56,49 @@ inline F32 widen_i8(const std::uint8_t* p) {
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// The tile's values, one register per step.
 template <int kBits>
 struct Tile {
-  __m512i step[8];
+  const std::uint8_t* p;
 
-  FULLBEAM_INLINE explicit Tile(const std::uint8_t* p) {
-    if constexpr (kBits == 8) {
-      for (int s = 0; s < 8; ++s) step[s] = _mm512_loadu_si512(p + 64 * s);
-      return;
-    }
-    const __m512i low = _mm512_set1_epi8(15);
-    for (int s = 0; s < 4; ++s) {
-      const __m512i both = _mm512_loadu_si512(p + 64 * s);
-      step[s] = _mm512_and_si512(both, low);
-      step[s + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-    }
-    if constexpr (kBits == 5) {
-      const __m512i high = _mm512_loadu_si512(p + 256), bit = _mm512_set1_epi8(16);
-      for (int s = 0; s < 8; ++s) {
-        const __m512i moved =
-            s < 4 ? _mm512_slli_epi16(high, 4 - s) : _mm512_srli_epi16(high, s - 4);
-        step[s] = _mm512_or_si512(step[s], _mm512_and_si512(moved, bit));
-      }
-    }
-    if constexpr (kBits == 6) {
-      const __m512i bits = _mm512_set1_epi8(48);
-      for (int h = 0; h < 2; ++h) {
-        const __m512i high = _mm512_loadu_si512(p + 256 + 64 * h);
-        for (int j = 0; j < 4; ++j) {
-          const __m512i moved =
-              j < 2 ? _mm512_slli_epi16(high, 4 - 2 * j) : _mm512_srli_epi16(high, 2 * j - 4);
-          step[4 * h + j] = _mm512_or_si512(step[4 * h + j], _mm512_and_si512(moved, bits));
-        }
-      }
-    }
+  FULLBEAM_INLINE explicit Tile(const std::uint8_t* tile) : p(tile) {}
+  FULLBEAM_INLINE __m512i step(int s) const {
+    if constexpr (kBits == 8) return _mm512_loadu_si512(p + 64 * s);
+    const __m512i both = _mm512_loadu_si512(p + s % 4 * 64);
+    const __m512i low =
+        _mm512_and_si512(s < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+    if constexpr (kBits == 4) return low;
+    // The bits above, to be moved to place 4.
+    const __m512i high = _mm512_loadu_si512(p + 256 + (kBits == 6 ? s / 4 * 64 : 0));
+    const int place = kBits == 6 ? s % 4 * 2 : s;
+    const __m512i moved =
+        place < 4 ? _mm512_slli_epi16(high, 4 - place) : _mm512_srli_epi16(high, place - 4);
+    return _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(kBits == 6 ? 48 : 16)));
   }
 };
 
 // Inline assembly: GCC 12 copies every accumulator around the intrinsic, which halves the rate.
+// Volatile, to stay in the order of the source, which unpacks a step between the products of the
+// last: those take the two pipes that multiply, and a run of other instructions would get in there.
 inline void dot_step(I32& sum, __m512i values, const std::int8_t* x) {
 #ifdef FULLBEAM_PLAIN_INTRINSICS
   int four;
   std::memcpy(&four, x, 4);
   sum = _mm512_dpbusd_epi32(sum, values, _mm512_set1_epi32(four));
 #else
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(sum)
-      : "v"(values), "m"(*reinterpret_cast<const std::int32_t (*)[1]>(x)));
+  asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
+               : "+v"(sum)
+               : "v"(values), "m"(*reinterpret_cast<const std::int32_t (*)[1]>(x)));
+#endif
+}
+
+// Broadcast from memory: from a general register it takes a turn of the pipes that multiply.
+inline I32 broadcast(const std::int32_t* p) {
+#ifdef FULLBEAM_PLAIN_INTRINSICS
+  return _mm512_set1_epi32(*p);
+#else
+  I32 a;
+  asm("vpbroadcastd %1, %0" : "=v"(a) : "m"(*p));
+  return a;
 #endif
 }
 
@@ -110,25 +108,30 @@ template <int kBits, bool kHalves, bool kOffset, int kTokens>
 FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
                               const std::int32_t* offsets, std::int64_t stride,
                               I32 (*sums)[kTokens][kParts]) {
+  constexpr bool kApart =
+      kHalves || kTokens < 3;  // two chains: one of so few would wait for itself
+  I32 chains[2][kTokens];
+#pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
-    // Broadcast from memory: from a general register it takes a turn of the ports that multiply.
     const std::int32_t* offset = offsets + stride * offset_place(kBits) + t;
-    I32 first = kOffset ? _mm512_set1_epi32(*offset) : _mm512_setzero_si512();
-    I32 second = kHalves && kOffset ? _mm512_set1_epi32(offset[stride]) : _mm512_setzero_si512();
-    const std::int8_t* xt = x + kTileCols * t;
-    dot_step(first, tile.step[0], xt);
-    dot_step(second, tile.step[4], xt + 16);
-    dot_step(first, tile.step[1], xt + 4);
-    dot_step(second, tile.step[5], xt + 20);
-    dot_step(first, tile.step[2], xt + 8);
-    dot_step(second, tile.step[6], xt + 24);
-    dot_step(first, tile.step[3], xt + 12);
-    dot_step(second, tile.step[7], xt + 28);
+    chains[0][t] = kOffset ? broadcast(offset) : _mm512_setzero_si512();
+    chains[1][t] = kHalves && kOffset ? broadcast(offset + stride) : _mm512_setzero_si512();
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const int s = kHalves ? i : i / 2 + i % 2 * 4;
+    const __m512i values = tile.step(s);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t)
+      dot_step(chains[kApart ? s / 4 : 0][t], values, x + kTileCols * t + 4 * s);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
     if constexpr (kHalves) {
-      sums[0][t][0] = first;
-      sums[1][t][0] = second;
+      sums[0][t][0] = chains[0][t];
+      sums[1][t][0] = chains[1][t];
     } else {
-      sums[0][t][0] = _mm512_add_epi32(first, second);
+      sums[0][t][0] = kApart ? _mm512_add_epi32(chains[0][t], chains[1][t]) : chains[0][t];
     }
   }
 }
@@ -136,7 +139,8 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
 #elif defined(FULLBEAM_ISA_avx2)
 
 using I32 = __m256i;
-constexpr int kTokensPerTile = 4;
+constexpr int kMaxTokens = 4;
+constexpr bool kUnpacksAgain = false;
 
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
 inline std::int32_t store_i8(std::int8_t* p, F32 a) {
@@ -264,7 +268,8 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
 
 #else
 
-constexpr int kTokensPerTile = 2;
+constexpr int kMaxTokens = 2;
+constexpr bool kUnpacksAgain = false;
 
 inline F32 to_f32(I32 a) { return __builtin_convertvector(a, F32); }
 inline std::int32_t store_i8(std::int8_t* p, F32 a) {
