@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A CUDA GPU: torch gives memory, matrix products and captured graphs, our kernels the rest.
 
-Everything goes to one stream. What the host writes for a step goes there in one copy from pinned
-memory; a step that comes again, of the same rounded sizes, is one graph launch.
+Everything goes to one stream. A step is two copies from pinned memory, of what the host knows of
+its batch and of the rules to choose by, and two graphs, the model and the choice, once the same
+rounded sizes have come twice; its results come back by copies that the host waits for when it has
+started the next step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +20,13 @@ import torch
 
 from fullbeam import ops
 from fullbeam._core import Stop
-from fullbeam.engine.device import HostArray, Inputs, Packing, Part, Program, Results
+from fullbeam.engine.device import MAX_PROGRAMS, HostArray, Inputs, Packing, Part, Program, Results
 from fullbeam.ops import Array
 
 _ALIGNMENT = 256  # bytes, of arrays that travel together
+
+# Inputs whose length is how much all rows have together: their `starts` say where it ends.
+_LISTS = {"allowed", "terminators", "bias_ids", "bias_values", "history_ids", "history_counts"}
 
 
 class CudaDevice:
@@ -47,6 +53,7 @@ class CudaDevice:
         self.runs_ahead = True
         self._stream: Any = None
         self._pool: Any = None
+        self._selections: OrderedDict[Hashable, _Selection] = OrderedDict()
         if self._is_gpu:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -114,11 +121,16 @@ class CudaDevice:
         **more: Any,
     ) -> Results:
         arrays = {name: value for name, value in options.items() if value is not None}
-        inputs = self.inputs({name: (a.shape, a.dtype.name) for name, a in arrays.items()})
-        for name, array in arrays.items():
-            inputs.host[name][...] = array
-        inputs.send()
-        results = op(logits, **inputs.device, **more)
+        shapes = {name: (_room(name, array), array.dtype.name) for name, array in arrays.items()}
+        key = (op, logits.data_ptr(), logits.shape, *shapes.items(), *more.items())
+        selection = self._selections.get(key)
+        if selection is None:
+            selection = self._selections[key] = _Selection(self, op, logits, shapes, more)
+            if len(self._selections) > MAX_PROGRAMS:
+                self._selections.popitem(last=False)
+        else:
+            self._selections.move_to_end(key)
+        results = selection.run(arrays)
         copies = [None if r is None else r.to("cpu", non_blocking=True) for r in results]
         done = None if self._stream is None else self._stream.record_event()
 
@@ -133,6 +145,40 @@ class CudaDevice:
         if self._is_gpu:
             return int(torch.cuda.mem_get_info(self._device)[0])
         return 1 << 30
+
+
+def _room(name: str, array: HostArray) -> tuple[int, ...]:
+    """The shape of an input that an array fits into: what is listed by rows has room to grow."""
+    if name in _LISTS:
+        return (1 << (len(array) - 1).bit_length(), *array.shape[1:])
+    return array.shape
+
+
+class _Selection:
+    """An op that chooses from logits, on inputs of given shapes."""
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        op: Callable[..., tuple[Array, ...]],
+        logits: Array,
+        shapes: Mapping[str, tuple[tuple[int, ...], str]],
+        more: Mapping[str, Any],
+    ) -> None:
+        self._inputs = device.inputs(shapes)
+        self._results: tuple[Array, ...] = ()
+
+        def record() -> None:
+            self._results = op(logits, **self._inputs.device, **more)
+
+        self._program = device.program(record)
+
+    def run(self, arrays: Mapping[str, HostArray]) -> tuple[Array, ...]:
+        for name, array in arrays.items():
+            self._inputs.host[name][: len(array)] = array
+        self._inputs.send()
+        self._program.run()
+        return self._results
 
 
 class _Uploads:
