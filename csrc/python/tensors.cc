@@ -38,7 +38,7 @@ struct DlManagedTensor {
   void (*deleter)(DlManagedTensor*);
 };
 // What a type offers at __dlpack_c_exchange_api__ from version 1.3 on; `view` borrows all from the
-// array, and may be null.
+// array, and may be null. Both functions return 0, or set a Python error.
 struct DlExchangeApi {
   std::uint32_t major, minor;
   const void* previous;
@@ -78,9 +78,15 @@ int code_of_kind(char kind) {
   }
 }
 
+// What is the same for all arrays of a type.
+struct ArrayType {
+  const DlExchangeApi* api;  // null: only the protocol's Python methods
+  bool is_torch;
+};
+
 // The device of the CUDA arrays that this thread has seen since its last op.
 struct CallDevice {
-  bool is_set, is_torch;
+  const ArrayType* type;  // null: there were none
   int idx;
 };
 thread_local CallDevice call_device{};
@@ -113,13 +119,8 @@ void from_numpy(py::handle source, TensorView& view) {
   }
 }
 
-// What is the same for all arrays of a type; the interpreter's lock guards the table.
-struct ArrayType {
-  const DlExchangeApi* api;  // null: only the protocol's Python methods
-  bool is_torch;
-};
-
 const ArrayType& type_of(py::handle source) {
+  // Guarded by the interpreter's lock; entries keep their addresses.
   static auto* known = new std::unordered_map<PyObject*, ArrayType>;  // never freed
   const py::handle type = py::type::handle_of(source);
   const auto found = known->find(type.ptr());
@@ -136,7 +137,7 @@ const ArrayType& type_of(py::handle source) {
   return known->emplace(type.ptr(), entry).first->second;
 }
 
-void from_dltensor(const DlTensor& t, bool is_torch, TensorView& view) {
+void from_dltensor(const DlTensor& t, const ArrayType& type, TensorView& view) {
   const int device = t.device.type;
   if (device != kDlCpu && device != kDlCuda && device != kDlCudaHost) {
     throw TypeError("array: device must be a CPU or a CUDA device, got DLPack device type " +
@@ -147,7 +148,7 @@ void from_dltensor(const DlTensor& t, bool is_torch, TensorView& view) {
   view.dtype = parse_dtype(t.dtype.code, t.dtype.bits);
   view.device = device == kDlCuda ? Device::cuda : kHostDevice;
   view.device_idx = device == kDlCuda ? t.device.id : 0;
-  if (device == kDlCuda) call_device = {true, is_torch, t.device.id};
+  if (device == kDlCuda) call_device = {&type, t.device.id};
   view.is_writable = true;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   set_dims(view, t.num_dims);
@@ -161,8 +162,8 @@ void from_dltensor(const DlTensor& t, bool is_torch, TensorView& view) {
     throw TypeError("array: must have memory, got none, as a fake tensor has");
 }
 
-// Fast, but without the protocol's checks: false for an array that needs them. So far a CPU tensor
-// of torch that has no gradient passes.
+// Fast, but without the protocol's checks: false for an array that needs them, which a torch tensor
+// without a gradient doesn't, on the CPU and on CUDA devices.
 bool from_exchange_api(py::handle source, const ArrayType& type, TensorView& view) {
   if (type.api == nullptr || !type.is_torch) return false;
   static auto* requires_grad = new py::str("requires_grad");  // never freed
@@ -172,8 +173,8 @@ bool from_exchange_api(py::handle source, const ArrayType& type, TensorView& vie
     PyErr_Clear();  // the protocol says it better
     return false;
   }
-  if (t.device.type != kDlCpu) return false;
-  from_dltensor(t, type.is_torch, view);
+  if (t.device.type != kDlCpu && t.device.type != kDlCuda) return false;
+  from_dltensor(t, type, view);
   return true;
 }
 
@@ -187,7 +188,7 @@ void from_dlpack(py::handle source, const ArrayType& type, TensorView& view, py:
               : source.attr("__dlpack__")();
   auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (managed == nullptr) throw py::error_already_set();
-  from_dltensor(managed->tensor, type.is_torch, view);
+  from_dltensor(managed->tensor, type, view);
   owner = capsule;  // an unconsumed capsule frees the tensor itself when it goes
 }
 
@@ -211,15 +212,17 @@ void view_of(py::handle source, TensorView& view, py::object& owner) {
 }
 
 bool set_current_stream() {
-  if (!call_device.is_set) return false;
+  if (call_device.type == nullptr) return false;
+  const auto [type, idx] = std::exchange(call_device, {});
   void* handle = nullptr;
-  if (call_device.is_torch) {
+  if (type->is_torch && type->api != nullptr && type->api->current_stream != nullptr) {
+    if (type->api->current_stream(kDlCuda, idx, &handle) != 0) throw py::error_already_set();
+  } else if (type->is_torch) {
     static auto* ask = new py::object(
         py::module_::import("torch._C").attr("_cuda_getCurrentRawStream"));  // never freed
-    handle = reinterpret_cast<void*>((*ask)(call_device.idx).cast<std::uintptr_t>());
+    handle = reinterpret_cast<void*>((*ask)(idx).cast<std::uintptr_t>());
   }
-  current_stream() = {handle, call_device.idx};
-  call_device.is_set = false;
+  current_stream() = {handle, idx};
   return true;
 }
 

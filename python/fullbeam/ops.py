@@ -2,10 +2,10 @@
 """The kernels as functions on arrays.
 
 Arrays are numpy arrays or anything with ``__dlpack__`` (torch, cupy, jax); nothing is copied.
-Results are new arrays of the first argument's kind unless ``out`` is given. Activations are
-contiguous in their last dimension, and float32; on CUDA all of a call's may be float16 or bfloat16
-instead. CUDA ops go to torch's current stream (the default stream for other arrays) and nothing
-waits for them.
+Results are new arrays of the first argument's kind unless ``out`` is given; of jax's, which no op
+may write to, they are numpy arrays. Activations are contiguous in their last dimension, and
+float32; on CUDA all of a call's may be float16 or bfloat16 instead. CUDA ops go to torch's current
+stream (the default stream for other arrays) and nothing waits for them.
 """
 
 from __future__ import annotations
@@ -51,16 +51,30 @@ def _new(like: Array, shape: tuple[int, ...], dtype: str = "float32") -> Array:
         import torch
 
         return like.new_empty(shape, dtype=getattr(torch, dtype))
+    if hasattr(like, "__cuda_array_interface__"):
+        import cupy
+
+        with like.device:
+            return cupy.empty(shape, dtype)
     return np.empty(shape, dtype)
 
 
 def _new_activation(like: Array, shape: tuple[int, ...]) -> Array:
     """Of the dtype of `like` too."""
-    if isinstance(like, np.ndarray):
-        return np.empty(shape, like.dtype)
     if hasattr(like, "new_empty"):  # torch
         return like.new_empty(shape)
-    return np.empty(shape, str(like.dtype))
+    return _new(like, shape, str(like.dtype))
+
+
+def _new_like(x: Array) -> Array:
+    """Of the shape of `x` too."""
+    if isinstance(x, np.ndarray):
+        return np.empty(x.shape, x.dtype)
+    if hasattr(x, "new_empty"):  # torch; faster than by the shape
+        import torch
+
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _new_activation(x, tuple(x.shape))
 
 
 def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWeight:
@@ -178,7 +192,7 @@ def rms_norm(
     float32, the shape of ``x``
     """
     if out is None:
-        out = _new_activation(x, tuple(x.shape))
+        out = _new_like(x)
     _core.rms_norm(x, weight, residual, out, eps, weight_offset)
     return out
 
@@ -200,7 +214,7 @@ def layer_norm(
     float32 [num_tokens, size]
     """
     if out is None:
-        out = _new_activation(x, tuple(x.shape))
+        out = _new_like(x)
     _core.layer_norm(x, weight, bias, out, eps)
     return out
 
@@ -356,7 +370,7 @@ def attention_prefill(
     the tensor cores, which round the softmax weights to that dtype; else all is in float32.
     """
     if out is None:
-        out = _new_activation(q, tuple(q.shape))
+        out = _new_like(q)
     _core.attention_prefill(
         q, k_pages, v_pages, page_table, seq_lens, query_starts, out, scale, window, softcap
     )
@@ -423,7 +437,7 @@ def attention_decode(
     other slots, or in a plain sequence, give the same up to rounding.
     """
     if out is None:
-        out = _new_activation(q, tuple(q.shape))
+        out = _new_like(q)
     _core.attention_decode(
         q, k_pages, v_pages, page_table, seq_lens, query_starts, slot_starts, num_slots, visible,
         slot_positions, positions, out, scale, window, softcap,
@@ -464,7 +478,7 @@ def activation(x: Array, *, activation: str = "gelu", out: Array | None = None) 
     float32 [num_tokens, size]
     """
     if out is None:
-        out = _new_activation(x, tuple(x.shape))
+        out = _new_like(x)
     _core.activation(x, out, activation)
     return out
 
@@ -483,7 +497,7 @@ def softcap(x: Array, cap: float, *, out: Array | None = None) -> Array:
     float32 [num_rows, size]
     """
     if out is None:
-        out = _new_activation(x, tuple(x.shape))
+        out = _new_like(x)
     _core.softcap(x, out, cap)
     return out
 

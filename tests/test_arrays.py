@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays of other libraries as arguments of the ops: how they are read, and which stream it is."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from fullbeam import _core, ops
+
+X = np.arange(1, 33, dtype=np.float32).reshape(2, 16)
+ONES = np.ones(16, np.float32)
+NORMED = ops.rms_norm(X, ONES)
+DLPACK_CUDA = 2
+
+
+class DlTensor(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("num_dims", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+VIEW = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DlTensor))
+CURRENT_STREAM = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
+)
+
+
+class ExchangeApi(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("unused", ctypes.c_void_p * 4),
+        ("view", VIEW),
+        ("current_stream", CURRENT_STREAM),
+    ]
+
+
+def cuda_tensor_type(stream: int | None) -> Any:
+    """A type like torch.Tensor whose tensors say that they are on CUDA device 3.
+
+    Calls of the exchange API are noted in ``calls``; without `stream` it can't tell the stream.
+    """
+
+    @VIEW
+    def view(tensor: Any, out: Any) -> int:
+        tensor.calls.append("view")
+        array = tensor.array
+        tensor.shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+        tensor.strides = (ctypes.c_int64 * array.ndim)(*(s // 4 for s in array.strides))
+        out[0] = DlTensor(
+            array.ctypes.data, DLPACK_CUDA, 3, array.ndim, 2, 32, 1, tensor.shape, tensor.strides, 0
+        )
+        return 0
+
+    @CURRENT_STREAM
+    def current_stream(device_type: int, device_id: int, out: Any) -> int:
+        Tensor.calls.append(("current_stream", device_type, device_id))
+        out[0] = stream
+        return 0
+
+    api = ExchangeApi(
+        1, 3, view=view, current_stream=current_stream if stream else CURRENT_STREAM()
+    )
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype = ctypes.py_object
+
+    class Tensor:
+        calls: ClassVar[list[Any]] = []
+        is_cuda = True
+        __dlpack_c_exchange_api__ = capsule(ctypes.byref(api), b"dlpack_exchange_api", None)
+        keep = (api, view, current_stream)
+
+        def __init__(self, array: Any, requires_grad: bool = False) -> None:
+            self.array = array
+            self.requires_grad = requires_grad
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return DLPACK_CUDA, 3
+
+        def __dlpack__(self, *, stream: int) -> Any:
+            raise BufferError(f"the protocol was asked, with stream={stream}")
+
+    return Tensor
+
+
+def stream_of(core: Any) -> tuple[int | None, int]:
+    """Handle and device of this thread's current stream."""
+    current = core.library._ZN8fullbeam14current_streamEv
+    current.restype = ctypes.POINTER(ctypes.c_void_p * 2)
+    handle, device = current().contents
+    return handle, device or 0
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_cuda_tensors_are_read_by_the_exchange_api_and_run_on_its_stream(backend: str) -> None:
+    tensor = cuda_tensor_type(stream=0x5EED)
+    out = np.zeros_like(X)
+    ops.rms_norm(tensor(X), tensor(ONES), out=tensor(out))
+    np.testing.assert_array_equal(out, NORMED)
+    assert tensor.calls == ["view", "view", "view", ("current_stream", DLPACK_CUDA, 3)]
+    assert stream_of(ops._core) == (0x5EED, 3)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_torch_is_asked_for_the_stream_where_the_exchange_api_does_not_tell_it(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    raw_stream = {3: 0xBEE}.__getitem__
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw_stream, raising=False)
+    tensor = cuda_tensor_type(stream=None)
+    ops.rms_norm(tensor(X), tensor(ONES), out=tensor(np.zeros_like(X)))
+    assert stream_of(ops._core) == (0xBEE, 3)
+
+
+def test_cuda_tensors_keep_their_checks() -> None:
+    tensor = cuda_tensor_type(stream=1)
+    with pytest.raises(ValueError, match=r"^rms_norm: weight must be \[size=16\], got \[8\]$"):
+        ops.rms_norm(tensor(X), tensor(ONES[:8]), out=tensor(X))
+    with pytest.raises(BufferError, match="the protocol was asked, with stream=-1"):
+        ops.rms_norm(tensor(X, requires_grad=True), tensor(ONES), out=tensor(X))
+    with pytest.raises(ValueError, match=r"^rms_norm: .* device"):
+        ops.rms_norm(tensor(X), ONES, out=tensor(X))
+
+
+def test_jax_arrays_are_read_where_they_are() -> None:
+    """Skipped where jax is not installed; results are numpy arrays."""
+    jax = pytest.importorskip("jax")
+    with jax.default_device(jax.devices("cpu")[0]):
+        x, weight = jax.numpy.asarray(X), jax.numpy.asarray(ONES)
+    result = ops.rms_norm(x, weight)
+    assert type(result) is np.ndarray
+    np.testing.assert_array_equal(result, NORMED)
+    logprobs, ranks, *_ = ops.logprobs(x, jax.numpy.asarray([15, 0], "int32"))
+    assert [result.dtype for result in (logprobs, ranks)] == [np.float32, np.int32]
+    assert ranks.tolist() == [1, 16]
+
+
+@pytest.mark.skipif(not _core.num_cuda_devices(), reason="cupy's arrays need a GPU")
+def test_cupy_arrays_give_cupy_arrays() -> None:
+    cupy = pytest.importorskip("cupy")
+    result = ops.rms_norm(cupy.asarray(X), cupy.asarray(ONES))
+    assert type(result) is cupy.ndarray
+    np.testing.assert_allclose(result.get(), NORMED, rtol=1e-6)
+
+
+class CupyArray:
+    """What the ops use of cupy's arrays, on the host's memory."""
+
+    __cuda_array_interface__: ClassVar[dict[str, Any]] = {}
+    device = contextlib.nullcontext()
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return DLPACK_CUDA, 0
+
+    def __dlpack__(self, *, stream: int) -> Any:
+        assert stream == 1, "the default stream has to wait for cupy's"
+        return self.array.__dlpack__()
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_results_of_cupy_arrays_are_made_by_cupy(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cupy = SimpleNamespace(empty=lambda shape, dtype: CupyArray(np.empty(shape, dtype)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    result = ops.rms_norm(CupyArray(X), CupyArray(ONES))
+    assert type(result) is CupyArray
+    np.testing.assert_array_equal(result.array, NORMED)
