@@ -31,7 +31,7 @@ class Case:
     name: str
     inputs: list[Any]
     options: dict[str, Any] = field(default_factory=dict)
-    torch_only: dict[str, int] = field(default_factory=dict)
+    torch_only: dict[str, int | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -88,7 +88,7 @@ def cases() -> list[Case]:
             found.slots | {"scale": 0.2},
         ),
         Case("logprobs", [logits, np.abs(chosen)], {"num_top": 3}),
-        Case("sample", [logits], drawn),
+        Case("sample", [logits], drawn, {"max_top": None}),
         Case("sample", [logits], drawn | {"num_top": num_top}, {"max_top": 5}),
         Case("beam_step", [ending], beams, {"max_beam": 2}),
     ]

@@ -9,6 +9,8 @@ No op has a gradient.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,117 +32,94 @@ __all__ = [
 ]
 
 
-def _empty_like(x: Tensor, *_: object, **__: object) -> Tensor:
-    return x.new_empty(x.shape)
+def _custom_op(
+    function: Callable[..., Any],
+    results: Callable[..., Any],
+    run: Callable[..., Any] | None = None,
+    *,
+    returns: Any = Tensor,
+    in_place: tuple[str, ...] = (),
+    **more: Any,
+) -> Any:
+    """Register a function of `fullbeam.ops` with its own arguments, but for ``out``.
+
+    Parameters
+    ----------
+    results : makes tensors for the results, given the arguments by name
+    run : computes; None: the function itself, given ``out``
+    returns : type of the results
+    in_place : arguments that are written to
+    more : types of required arguments that are new, or replace the function's
+    """
+
+    def run_into(**given: Any) -> Any:
+        out = results(**given)
+        function(**given, out=out)
+        return out
+
+    parameters = []
+    for each in inspect.signature(
+        function, eval_str=True, locals={"Array": Tensor}
+    ).parameters.values():
+        if each.name != "out" and each.name not in more:
+            # torch takes no tensors by keyword only.
+            is_tensor = each.annotation in (Tensor, Tensor | None)
+            kind = each.POSITIONAL_OR_KEYWORD if is_tensor else each.KEYWORD_ONLY
+            parameters.append(each.replace(kind=kind))
+    for name, annotation in more.items():
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+        )
+    parameters.sort(key=lambda each: each.kind)
+
+    def by_name(called: Callable[..., Any]) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            given = zip(parameters, args, strict=False)
+            return called(**{each.name: value for each, value in given}, **options)
+
+        return call
+
+    op = by_name(run or run_into)
+    op.__signature__ = inspect.Signature(parameters, return_annotation=returns)
+    op.__doc__ = f"See `fullbeam.ops.{function.__name__}`."
+    made = torch.library.custom_op(f"fullbeam::{function.__name__}", op, mutates_args=in_place)
+    made.register_fake(by_name(results))
+    return made
 
 
-def _half(x: Tensor) -> Tensor:
+def _like(*, x: Tensor, **_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _like_q(*, q: Tensor, **_: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _half(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1] // 2))
 
 
-@torch.library.custom_op("fullbeam::rms_norm", mutates_args=())
-def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    weight_offset: float = 0.0,
-) -> Tensor:
-    """See `fullbeam.ops.rms_norm`."""
-    out = _empty_like(x)
-    ops.rms_norm(x, weight, eps=eps, weight_offset=weight_offset, residual=residual, out=out)
-    return out
+def _nothing(**_: Any) -> None:
+    pass
 
 
-@torch.library.custom_op("fullbeam::rope", mutates_args=("x",))
-def rope(
-    x: Tensor,
-    positions: Tensor,
-    inv_freq: Tensor,
-    *,
-    interleaved: bool = False,
-    scale: float = 1.0,
-) -> None:
-    """See `fullbeam.ops.rope`."""
-    ops.rope(x, positions, inv_freq, interleaved=interleaved, scale=scale)
+def _rope(**given: Any) -> None:
+    ops.rope(**given)
 
 
-@torch.library.custom_op("fullbeam::gated_activation", mutates_args=())
-def gated_activation(x: Tensor, *, activation: str = "silu") -> Tensor:
-    """See `fullbeam.ops.gated_activation`."""
-    out = _half(x)
-    ops.gated_activation(x, activation=activation, out=out)
-    return out
+rms_norm = _custom_op(ops.rms_norm, _like)
+rope = _custom_op(ops.rope, _nothing, _rope, returns=None, in_place=("x",))
+gated_activation = _custom_op(ops.gated_activation, _half)
+kv_write = _custom_op(
+    ops.kv_write, _nothing, ops.kv_write, returns=None, in_place=("k_pages", "v_pages")
+)
+attention_prefill = _custom_op(ops.attention_prefill, _like_q)
+attention_decode = _custom_op(ops.attention_decode, _like_q)
 
 
-@gated_activation.register_fake
-def _(x: Tensor, *, activation: str = "silu") -> Tensor:
-    return _half(x)
-
-
-@torch.library.custom_op("fullbeam::kv_write", mutates_args=("k_pages", "v_pages"))
-def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    """See `fullbeam.ops.kv_write`."""
-    ops.kv_write(k, v, k_pages, v_pages, slots)
-
-
-@torch.library.custom_op("fullbeam::attention_prefill", mutates_args=())
-def attention_prefill(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_starts: Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> Tensor:
-    """See `fullbeam.ops.attention_prefill`."""
-    out = _empty_like(q)
-    ops.attention_prefill(
-        q, k_pages, v_pages, page_table, seq_lens, query_starts,
-        scale=scale, window=window, softcap=softcap, out=out,
-    )  # fmt: skip
-    return out
-
-
-@torch.library.custom_op("fullbeam::attention_decode", mutates_args=())
-def attention_decode(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    query_starts: Tensor | None = None,
-    slot_starts: Tensor | None = None,
-    num_slots: Tensor | None = None,
-    visible: Tensor | None = None,
-    slot_positions: Tensor | None = None,
-    positions: Tensor | None = None,
-    *,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> Tensor:
-    """See `fullbeam.ops.attention_decode`."""
-    out = _empty_like(q)
-    ops.attention_decode(
-        q, k_pages, v_pages, page_table, seq_lens, query_starts=query_starts,
-        slot_starts=slot_starts, num_slots=num_slots, visible=visible,
-        slot_positions=slot_positions, positions=positions,
-        scale=scale, window=window, softcap=softcap, out=out,
-    )  # fmt: skip
-    return out
-
-
-for _op in (rms_norm, attention_prefill, attention_decode):
-    _op.register_fake(_empty_like)
-
-
-def _logprobs_results(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _logprobs_results(
+    *, logits: Tensor, num_top: int = 0, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows = logits.shape[0]
     return (
         logits.new_empty((num_rows,), dtype=torch.float32),
@@ -150,92 +129,34 @@ def _logprobs_results(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor, Ten
     )
 
 
-@torch.library.custom_op("fullbeam::logprobs", mutates_args=())
-def logprobs(
-    logits: Tensor, token_ids: Tensor, *, num_top: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `fullbeam.ops.logprobs`."""
-    return ops.logprobs(logits, token_ids, num_top=num_top)
+logprobs = _custom_op(
+    ops.logprobs,
+    _logprobs_results,
+    ops.logprobs,
+    returns=tuple[Tensor, Tensor, Tensor, Tensor],
+)
 
 
-@logprobs.register_fake
-def _(
-    logits: Tensor, token_ids: Tensor, *, num_top: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _logprobs_results(logits, num_top)
-
-
-def _sample_results(logits: Tensor, max_top: int | None) -> list[Tensor]:
+def _sample_results(*, logits: Tensor, max_top: int | None, **_: Any) -> list[Tensor]:
     token_ids = logits.new_empty((logits.shape[0],), dtype=torch.int32)
     if max_top is None:
         return [token_ids]
     log_sums = logits.new_empty((logits.shape[0], 2), dtype=torch.float64)
-    return [token_ids, *_logprobs_results(logits, max_top), log_sums]
+    return [token_ids, *_logprobs_results(logits=logits, num_top=max_top), log_sums]
 
 
-@torch.library.custom_op("fullbeam::sample", mutates_args=())
-def _sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    counters: Tensor,
-    allowed: Tensor | None,
-    allowed_idx: Tensor | None,
-    bias_starts: Tensor | None,
-    bias_ids: Tensor | None,
-    bias_values: Tensor | None,
-    history_starts: Tensor | None,
-    history_ids: Tensor | None,
-    history_counts: Tensor | None,
-    repetition_penalty: Tensor | None,
-    frequency_penalty: Tensor | None,
-    presence_penalty: Tensor | None,
-    num_top: Tensor | None,
-    max_top: int | None,
-) -> list[Tensor]:
-    out = _sample_results(logits, max_top)
-    ops.sample(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds,
-        counters=counters, allowed=allowed, allowed_idx=allowed_idx, bias_starts=bias_starts,
-        bias_ids=bias_ids, bias_values=bias_values, history_starts=history_starts,
-        history_ids=history_ids, history_counts=history_counts,
-        repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty, num_top=num_top, out=Sample(*out),
-    )  # fmt: skip
+def _run_sample(*, logits: Tensor, max_top: int | None, **given: Any) -> list[Tensor]:
+    out = _sample_results(logits=logits, max_top=max_top)
+    ops.sample(logits, **given, out=Sample(*out))
     return out
 
 
-@_sample.register_fake
-def _(logits: Tensor, *others: Any) -> list[Tensor]:
-    return _sample_results(logits, others[-1])
+_sample = _custom_op(
+    ops.sample, _sample_results, _run_sample, returns=list[Tensor], max_top=int | None
+)
 
 
-def sample(
-    logits: Tensor,
-    *,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    counters: Tensor,
-    allowed: Tensor | None = None,
-    allowed_idx: Tensor | None = None,
-    bias_starts: Tensor | None = None,
-    bias_ids: Tensor | None = None,
-    bias_values: Tensor | None = None,
-    history_starts: Tensor | None = None,
-    history_ids: Tensor | None = None,
-    history_counts: Tensor | None = None,
-    repetition_penalty: Tensor | None = None,
-    frequency_penalty: Tensor | None = None,
-    presence_penalty: Tensor | None = None,
-    num_top: Tensor | None = None,
-    max_top: int | None = None,
-) -> Sample:
+def sample(logits: Tensor, *, max_top: int | None = None, **options: Tensor | None) -> Sample:
     """See `fullbeam.ops.sample`.
 
     Parameters
@@ -243,74 +164,30 @@ def sample(
     max_top : at least the largest of ``num_top``
         Width of the results; given with ``num_top``, and only then.
     """
-    if (max_top is None) != (num_top is None):
+    if (max_top is None) != (options.get("num_top") is None):
         raise ValueError(f"sample: max_top must be given with num_top, only then, got {max_top}")
-    return Sample(*_sample(
-        logits, temperature, top_k, top_p, min_p, seeds, counters, allowed, allowed_idx,
-        bias_starts, bias_ids, bias_values, history_starts, history_ids, history_counts,
-        repetition_penalty, frequency_penalty, presence_penalty, num_top, max_top,
-    ))  # fmt: skip
+    return Sample(*_sample(logits, **options, max_top=max_top))
 
 
-@torch.library.custom_op("fullbeam::beam_step", mutates_args=())
-def _beam_step(
-    logits: Tensor,
-    beam_rows: Tensor,
-    sums: Tensor,
-    group_starts: Tensor,
-    request_starts: Tensor,
-    beam_sizes: Tensor,
-    diversity_strengths: Tensor,
-    allowed: Tensor | None,
-    allowed_idx: Tensor | None,
-    terminators: Tensor | None,
-    terminator_idx: Tensor | None,
-    bias_starts: Tensor | None,
-    bias_ids: Tensor | None,
-    bias_values: Tensor | None,
-    max_beam: int,
+def _beam_step_results(
+    *, logits: Tensor, group_starts: Tensor, max_beam: int, **_: Any
 ) -> list[Tensor]:
-    return list(ops.beam_step(
-        logits, beam_rows=beam_rows, sums=sums, group_starts=group_starts,
-        request_starts=request_starts, beam_sizes=beam_sizes,
-        diversity_strengths=diversity_strengths, allowed=allowed, allowed_idx=allowed_idx,
-        terminators=terminators, terminator_idx=terminator_idx, bias_starts=bias_starts,
-        bias_ids=bias_ids, bias_values=bias_values, max_beam=max_beam,
-    ))  # fmt: skip
-
-
-@_beam_step.register_fake
-def _(
-    logits: Tensor, beam_rows: Tensor, sums: Tensor, group_starts: Tensor, *others: Any
-) -> list[Tensor]:
-    shape = (group_starts.shape[0] - 1, others[-1])
+    shape = (group_starts.shape[0] - 1, max_beam)
     return [
         logits.new_empty((*shape, 2) if dtype is torch.float64 else shape, dtype=dtype)
         for dtype in 2 * (torch.int32, torch.int32, torch.float32, torch.float64)
     ]
 
 
-def beam_step(
-    logits: Tensor,
-    *,
-    beam_rows: Tensor,
-    sums: Tensor,
-    group_starts: Tensor,
-    request_starts: Tensor,
-    beam_sizes: Tensor,
-    diversity_strengths: Tensor,
-    max_beam: int,
-    allowed: Tensor | None = None,
-    allowed_idx: Tensor | None = None,
-    terminators: Tensor | None = None,
-    terminator_idx: Tensor | None = None,
-    bias_starts: Tensor | None = None,
-    bias_ids: Tensor | None = None,
-    bias_values: Tensor | None = None,
-) -> BeamStep:
+def _run_beam_step(**given: Any) -> list[Tensor]:
+    return list(ops.beam_step(**given))
+
+
+_beam_step = _custom_op(
+    ops.beam_step, _beam_step_results, _run_beam_step, returns=list[Tensor], max_beam=int
+)
+
+
+def beam_step(logits: Tensor, *, max_beam: int, **options: Tensor | None) -> BeamStep:
     """See `fullbeam.ops.beam_step`; ``max_beam`` must be given."""
-    return BeamStep(*_beam_step(
-        logits, beam_rows, sums, group_starts, request_starts, beam_sizes, diversity_strengths,
-        allowed, allowed_idx, terminators, terminator_idx, bias_starts, bias_ids, bias_values,
-        max_beam,
-    ))  # fmt: skip
+    return BeamStep(*_beam_step(logits, **options, max_beam=max_beam))
