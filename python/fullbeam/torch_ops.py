@@ -20,15 +20,18 @@ from fullbeam import ops
 from fullbeam.ops import BeamStep, Sample
 
 __all__ = [
+    "activation",
     "attention_decode",
     "attention_prefill",
     "beam_step",
     "gated_activation",
     "kv_write",
+    "layer_norm",
     "logprobs",
     "rms_norm",
     "rope",
     "sample",
+    "softcap",
 ]
 
 
@@ -58,14 +61,12 @@ def _custom_op(
         return out
 
     parameters = []
-    for each in inspect.signature(
-        function, eval_str=True, locals={"Array": Tensor}
-    ).parameters.values():
+    signature = inspect.signature(function, eval_str=True, locals={"Array": Tensor})
+    for each in signature.parameters.values():
         if each.name != "out" and each.name not in more:
             # torch takes no tensors by keyword only.
             is_tensor = each.annotation in (Tensor, Tensor | None)
-            kind = each.POSITIONAL_OR_KEYWORD if is_tensor else each.KEYWORD_ONLY
-            parameters.append(each.replace(kind=kind))
+            parameters.append(each.replace(kind=each.POSITIONAL_OR_KEYWORD) if is_tensor else each)
     for name, annotation in more.items():
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
@@ -108,6 +109,9 @@ def _rope(**given: Any) -> None:
 
 
 rms_norm = _custom_op(ops.rms_norm, _like)
+layer_norm = _custom_op(ops.layer_norm, _like)
+activation = _custom_op(ops.activation, _like)
+softcap = _custom_op(ops.softcap, _like)
 rope = _custom_op(ops.rope, _nothing, _rope, returns=None, in_place=("x",))
 gated_activation = _custom_op(ops.gated_activation, _half)
 kv_write = _custom_op(
