@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server's own loop and torch model (a toy): pages, attention and draws are fullbeam's ops."""
+"""A server's own loop and torch model (a toy): pages, attention and draws are fullbeam's ops.
+
+python examples/torch_loop.py [MAX_ROWS [DEVICE]]; answers are the same for any number of rows.
+"""
 
 import sys
 from functools import partial
@@ -11,7 +14,9 @@ import torch
 from fullbeam import ops
 
 VOCAB, SIZE, HEADS, DIM, PAGE, NUM_PAGES, NEW = 300, 128, 4, 32, 16, 12, 12
-MAX_ROWS = int(sys.argv[1]) if sys.argv[1:] else 3  # answers are the same whatever it is
+MAX_ROWS = int(sys.argv[1]) if sys.argv[1:] else 3
+if sys.argv[2:]:
+    torch.set_default_device(sys.argv[2])
 torch.manual_seed(0)
 embedding = torch.randn(VOCAB, SIZE)
 qkv, head = torch.randn(SIZE, 3 * SIZE) / SIZE**0.5, torch.randn(SIZE, VOCAB) / 4

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import runpy
 import socket
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from fullbeam import _core
 from fullbeam.models.catalog import resolve
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def _default_model() -> None:
     try:
         resolve(None)
@@ -30,20 +32,39 @@ def run(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
+@pytest.mark.usefixtures("_default_model")
 @pytest.mark.parametrize("name", ["complete.py", "embed.py"])
 def test_example_runs(name: str) -> None:
     assert "Once upon a time" in run(str(EXAMPLES / name)) or name != "embed.py"
 
 
-def test_torch_loop_answers_the_same_however_many_rows_it_decodes() -> None:
+def torch_loop(*arguments: str) -> list[str]:
     pytest.importorskip("torch")
-    alone, together = (
-        sorted(run(str(EXAMPLES / "torch_loop.py"), rows).splitlines()) for rows in ("1", "8")
-    )
+    return sorted(run(str(EXAMPLES / "torch_loop.py"), *arguments).splitlines())
+
+
+def test_torch_loop_answers_the_same_however_many_rows_it_decodes() -> None:
+    alone, together = torch_loop("1"), torch_loop("8")
     assert alone == together
     assert len(alone) == 8
 
 
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_torch_loop_answers_the_same_on_the_cuda_kernels(
+    backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = torch_loop()
+    monkeypatch.setattr(sys, "argv", ["torch_loop.py"])
+    runpy.run_path(str(EXAMPLES / "torch_loop.py"))
+    assert sorted(capsys.readouterr().out.splitlines()) == expected
+
+
+@pytest.mark.skipif(not _core.num_cuda_devices(), reason="needs a GPU")
+def test_torch_loop_runs_on_a_gpu() -> None:
+    assert torch_loop("1", "cuda") == torch_loop("8", "cuda")
+
+
+@pytest.mark.usefixtures("_default_model")
 def test_client_example_completes_against_a_server() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,7 +86,8 @@ def test_client_example_completes_against_a_server() -> None:
     assert "0 length" in printed or "0 stop" in printed
 
 
-def test_every_example_is_short_and_run_here() -> None:
+def test_every_example_is_short_and_tested() -> None:
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert names == ["client.py", "complete.py", "embed.py", "torch_loop.py"]
-    assert all(len((EXAMPLES / name).read_text().splitlines()) < 60 for name in names)
+    tested = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*example*.py"))
+    assert all(f'"{name}"' in tested for name in names)
+    assert all(len((EXAMPLES / name).read_text().splitlines()) < 240 for name in names)
