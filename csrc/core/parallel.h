@@ -41,25 +41,56 @@ inline void parallel_for(std::int64_t count, std::int64_t grain, Fn&& fn) {
       &context);
 }
 
-// The same in chunks of `chunk` that the threads take as they become free, for work of uneven cost.
+// [0, count) in chunks of `chunk`, for work of uneven cost: a contiguous share per thread, which it
+// takes in order, and what is left of the others' when it has done its own.
+class Chunks {
+ public:
+  Chunks(std::int64_t count, std::int64_t chunk, int num_threads)
+      : chunk_(chunk), num_shares_(num_threads < kMaxShares ? num_threads : kMaxShares) {
+    const std::int64_t num_chunks = (count + chunk - 1) / chunk;
+    for (int i = 0; i < num_shares_; ++i) {
+      shares_[i].next = num_chunks * i / num_shares_ * chunk;
+      shares_[i].end = i + 1 < num_shares_ ? num_chunks * (i + 1) / num_shares_ * chunk : count;
+    }
+  }
+  // Calls fn(begin, end) for the chunks that fall to the thread.
+  template <class Fn>
+  void run(int thread_idx, Fn&& fn) {
+    for (int i = 0; i < num_shares_; ++i) {
+      Share& share = shares_[(thread_idx + i) % num_shares_];
+      for (;;) {
+        const std::int64_t begin = __atomic_fetch_add(&share.next, chunk_, __ATOMIC_RELAXED);
+        if (begin >= share.end) break;
+        fn(begin, begin + chunk_ < share.end ? begin + chunk_ : share.end);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMaxShares = 64;
+  struct alignas(64) Share {
+    std::int64_t next, end;
+  };
+  Share shares_[kMaxShares];
+  std::int64_t chunk_;
+  int num_shares_;
+};
+
+// fn(begin, end) for [0, count) by Chunks.
 template <class Fn>
 inline void parallel_chunks(std::int64_t count, std::int64_t chunk, Fn&& fn) {
-  struct Context {
-    std::int64_t count, chunk, next;
-    Fn* fn;
-  } context{count, chunk, 0, &fn};
   if (count <= chunk || num_threads() == 1) {
     if (count > 0) fn(std::int64_t{0}, count);
     return;
   }
+  struct Context {
+    Chunks chunks;
+    Fn* fn;
+  } context{Chunks(count, chunk, num_threads()), &fn};
   run_team(
-      [](void* raw, int, int) {
+      [](void* raw, int thread_idx, int) {
         Context& c = *static_cast<Context*>(raw);
-        for (;;) {
-          const std::int64_t begin = __atomic_fetch_add(&c.next, c.chunk, __ATOMIC_RELAXED);
-          if (begin >= c.count) return;
-          (*c.fn)(begin, begin + c.chunk < c.count ? begin + c.chunk : c.count);
-        }
+        c.chunks.run(thread_idx, *c.fn);
       },
       &context);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix product out = x * weight^T [+ bias] [+ residual] with the packed weights of core/weight.h.
-// Mapping: activations are quantised once; threads then take panels of 16 rows as they become free.
+// Mapping: activations are quantised once; then each thread has a contiguous share of the panels of
+// 16 rows, a stretch of memory, and helps with the others' when it has done its own.
 // Up to kMaxTokens tokens meet a panel together, their sums in registers; more do so in turns or,
 // where that is faster, tile by tile. Cost: at few tokens the packed bytes of the weight,
 // once; at many, 512 multiply-adds per tile and token. Numerics: exact int32 inside a tile (half a
@@ -324,8 +325,8 @@ void linear(const LinearParams& p) {
         quantise_tokens(p, begin, begin + kQuantiseTokens < end ? begin + kQuantiseTokens : end, a);
     });
   }
-  // Small enough chunks that the threads end together; larger ones stream, and a block's
-  // activations serve all panels of the chunk from L2.
+  // Small enough chunks that the threads end together; a block's activations serve all panels of a
+  // chunk from L2.
   const std::int64_t fair = p.num_panels / (8 * num_threads());
   const std::int64_t chunk = fair < 1 ? 1 : fair < 16 ? fair : 16;
   parallel_chunks(p.num_panels, chunk, [&](std::int64_t begin_panel, std::int64_t end_panel) {
