@@ -28,6 +28,7 @@ SUITES = {
     "quality": "distance from float32 logits, fullbeam's and llama.cpp's",
     "search": "what beam search costs beside drawing as many rows",
     "drafts": "tokens per second with and without drafts",
+    "engine": "the whole engine on random weights: rows, beams, first token; on a GPU too",
     "steps": "where a step's time goes, op by op",
     "infill": "lines restored with and without the text after them",
     "soak": "clients that come and go: does anything stay behind?",
