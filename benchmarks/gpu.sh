@@ -6,14 +6,14 @@
 #     benchmarks/gpu.sh [--out FOLDER] [--limit SECONDS] [STEP...]
 #
 #   build     the package into build/gpu-site, and what ptxas says of the kernels
-#   test      tests/ops on the device
+#   test      tests/ops on the device, and the engine's answers there beside the CPU's
 #   portable  the same for rows of logits, with kernels for sm_80 alone: the paths that Hopper doesn't take
 #   sanitize  memcheck, racecheck, synccheck and initcheck on small cases
-#   bench     every op beside torch
+#   bench     every op beside torch, then the engine on random weights of 0.5 and 8 billion parameters
 #   all       all of these, also where none is named
 #
 # --limit is for all steps together: what no time is left for is skipped. FOLDER (default: $OUT, else build/gpu) gets
-# summary.txt, a STEP.log as it is written, ptxas.txt and ops.json. Wants Python (PYTHON, else python3) with torch for
+# summary.txt, a STEP.log as it is written, ptxas.txt, ops.json and engine-SHAPE.json. Wants Python (PYTHON, else python3) with torch for
 # CUDA, numpy, pytest, hypothesis, pip, scikit-build-core, pybind11, cmake and ninja, the CUDA toolkit and a C++
 # compiler; says what of that is missing, leaves out what needs it, takes nothing from a package index. A step that
 # fails doesn't keep the next from running; the exit status is that of the worst.
@@ -99,6 +99,7 @@ command -v compute-sanitizer > /dev/null || lacks compute-sanitizer sanitize
 has_module() { "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)' "$1" 2> /dev/null; }
 for module in pip scikit_build_core pybind11; do has_module $module || lacks $module "build, portable"; done
 has_module numpy || lacks numpy "every step"
+for module in gguf tokenizers; do has_module $module || lacks $module "the engine's tests"; done
 for module in pytest hypothesis; do has_module $module || lacks $module "test, portable, sanitize"; done
 if ! has_module torch; then
   lacks torch "test, portable, sanitize, bench"
@@ -147,6 +148,8 @@ step_build() {
 step_test() {
   can_test test && has_package test "$site" || return
   pytest_in test test 240 "$site" -v --durations=10 tests/ops
+  can "engine tests" gguf tokenizers || return
+  pytest_in test "engine tests" 120 "$site" -v tests/models/test_cuda.py
 }
 step_portable() {
   can_build portable && can_test portable || return
@@ -170,6 +173,11 @@ step_sanitize() {
 step_bench() {
   can bench torch device numpy pytest && has_package bench "$site" || return
   run bench bench 300 env PYTHONPATH="$site" "$python" -m benchmarks ops --device cuda --out "$folder/ops.json"
+  local shape
+  for shape in 0.5b 8b; do
+    run bench "engine $shape" 150 env PYTHONPATH="$site" "$python" -m benchmarks engine --device cuda --shape "$shape" \
+      --rows 1,8,64,256 --json "$folder/engine-$shape.json"
+  done
 }
 
 for step in "${steps[@]}"; do "step_$step"; done

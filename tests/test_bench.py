@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import load, peers, steps
+from benchmarks import engine, load, peers, steps
 from fullbeam import _core, bench, cli
 from fullbeam.models import open_model
 from tiny_models import Tiny
@@ -226,3 +226,27 @@ def test_load_says_what_a_process_took(tiny: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         load.main([str(tiny), "--quantize", "q8", "--rounds", "1"])
     assert "quantize" in capsys.readouterr().err
+
+
+def test_engine_on_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "engine.json"
+    assert (
+        engine.main(["--shape", "tiny", "--rows", "1,3", "--rounds", "1", "--json", str(file)]) == 0
+    )
+    head, *rows = (json.loads(line) for line in file.read_text().splitlines())
+    assert head["shape"] == "tiny"
+    assert [row["what"] for row in rows] == [
+        "1 rows",
+        "3 rows",
+        "first token, 200-token prompt",
+        "step of 8 beams / of 8 drawn rows",
+        "8 beams, 200 + 32 tokens",
+    ]
+    assert all(row["median"] > 0 for row in rows)
+    assert "8 beams, 200 + 32 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--rows", "0"], ["--rows", "x"], ["--rounds", "0"]])
+def test_engine_refuses_counts(options: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        engine.main([*options, "--shape", "tiny"])

@@ -165,9 +165,8 @@ def test_the_script_refuses_what_it_does_not_know(
 
 
 def test_the_script_says_what_is_missing_and_goes_on(tmp_path: Path) -> None:
-    tools = ALL_THERE | {
-        "python3": 'case "$*" in *"-m pytest"*) echo "5 passed";; *scikit_build_core*) exit 1;; esac'
-    }
+    answers = '*"-m pytest"*) echo "5 passed";; *scikit_build_core*) exit 1;;'
+    tools = ALL_THERE | {"python3": f'case "$*" in {answers} esac'}
     del tools["ninja"]
     done, summary = gpu_sh(tmp_path, "build", "test", "sanitize", tools=tools)
     assert "missing: ninja, needed by build, portable" in summary

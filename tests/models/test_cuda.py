@@ -49,6 +49,13 @@ def assert_same(answers: list[list[Piece]], expected: list[list[Piece]]) -> None
             assert got == [None if r is None else pytest.approx(r, abs=1e-4) for r in right]
 
 
+@pytest.fixture(autouse=True)
+def direct(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the engine's arrays are there already."""
+    if backend == "cuda":
+        monkeypatch.setattr(ops, "_core", _core)
+
+
 @pytest.fixture
 def family() -> str:
     return "llama"
