@@ -227,16 +227,18 @@ inline void update_rows(const AttentionPrefillParams& p, const AttentionBlock& b
     for (int i = 0; i < kLanes; ++i) {
       if (!(maxima[i] > b.maxima[row + i] + kSlack)) maxima[i] = b.maxima[row + i];
     }
-    const F32 shrink = exp2_negative(sub(load(b.maxima + row), load(maxima)));
-    store(shrinks, shrink);
+    store(shrinks, exp2_negative(sub(load(b.maxima + row), load(maxima))));
     for (std::int64_t i = 0; i < num_rows; ++i) {
       if (maxima[i] != b.maxima[row + i]) shrink_row(p, b, row + i, shrinks[i]);
     }
-    store(b.sums + row, mul(load(b.sums + row), shrink));
-    store(b.maxima + row, load(maxima));
+    for (std::int64_t i = 0; i < num_rows; ++i) {
+      b.sums[row + i] *= shrinks[i];
+      b.maxima[row + i] = maxima[i];
+    }
   }
-  const F32 sum = weigh_keys<1>(weights, 0, load(b.maxima + row));
-  store(b.sums + row, add(load(b.sums + row), sum));
+  float sums[kLanes];
+  store(sums, weigh_keys<1>(weights, 0, load(b.maxima + row)));
+  for (std::int64_t i = 0; i < num_rows; ++i) b.sums[row + i] += sums[i];
 }
 
 // Bits [low, high) of a tile; both may lie outside it.
@@ -250,8 +252,8 @@ inline std::int64_t kv_head_of(const AttentionPrefillParams& p, const QueryRows&
   return rows.head_begin / (p.num_q_heads / p.num_kv_heads);
 }
 
-inline void begin_rows(const AttentionPrefillParams& p, const QueryRows& rows,
-                       const AttentionBlock& b) {
+inline void load_queries(const AttentionPrefillParams& p, const QueryRows& rows,
+                         const AttentionBlock& b) {
   const std::int64_t dim = p.head_dim, count = rows.count();
   const auto query = [&](std::int64_t row) {
     return static_cast<const float*>(p.q) + (rows.token_begin + row / rows.num_heads) * p.q_stride +
@@ -278,7 +280,12 @@ inline void begin_rows(const AttentionPrefillParams& p, const QueryRows& rows,
   }
   const F32 scale = set1(p.softcap > 0 ? p.scale : p.scale * kLog2E);
   for (std::int64_t i = 0; i < size; i += kLanes) store(b.q + i, mul(load(b.q + i), scale));
-  std::memset(b.out, 0, static_cast<std::size_t>(count * dim) * sizeof(float));
+}
+
+inline void begin_rows(const AttentionPrefillParams& p, const QueryRows& rows,
+                       const AttentionBlock& b) {
+  load_queries(p, rows, b);
+  std::memset(b.out, 0, static_cast<std::size_t>(rows.count() * p.head_dim) * sizeof(float));
   for (int row = 0; row < kMaxRows; ++row) {
     b.maxima[row] = -__builtin_inff();
     b.sums[row] = 0.0f;
@@ -330,6 +337,8 @@ void weigh_tile(const AttentionPrefillParams& p, const TileRows<T>& tile, const 
   }
   for (std::int64_t key = 0; key < count; ++key) {
     for (std::int64_t i = 0; i < dim; i += kLanes) {
+      __builtin_prefetch(next.keys[key] + i, 0, 2);
+      __builtin_prefetch(next.values[key] + i, 0, 2);
       store(b.k_tile + key * dim + i, load(tile.keys[key] + i));
       const std::int64_t panel = i / kRegCols * kRegCols;
       store(b.v_tile + panel * kTileKeys + key * kRegCols + i - panel, load(tile.values[key] + i));
@@ -347,20 +356,27 @@ void weigh_tile(const AttentionPrefillParams& p, const TileRows<T>& tile, const 
   }
 }
 
-// Keys 0 .. num_keys - 1, at these positions: what b.positions lets each token see of them.
+// The first key that a row at this position sees, or one of the same tile.
+inline std::int64_t first_key(const AttentionPrefillParams& p, std::int64_t position) {
+  const std::int64_t first = p.window > 0 && position >= p.window ? position - p.window + 1 : 0;
+  return first / kTileKeys * kTileKeys;
+}
+
+// Keys begin .. num_keys - 1, at these positions: what b.positions lets each token see of them.
+// `begin` is a tile's. `following` (may be null) is the tile that the thread will read next.
 template <class T>
 void add_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
-              const QueryRows& rows, std::int64_t num_keys, const AttentionBlock& b) {
+              const QueryRows& rows, std::int64_t begin, std::int64_t num_keys,
+              const TileRows<T>* following, const AttentionBlock& b) {
   std::int64_t earliest = b.positions[0];
   for (std::int64_t token = 1; token < rows.num_tokens; ++token)
     earliest = b.positions[token] < earliest ? b.positions[token] : earliest;
-  const std::int64_t first_seen =
-      p.window > 0 && earliest >= p.window ? earliest - p.window + 1 : 0;
   const auto count_from = [&](std::int64_t first) {
     return num_keys - first < kTileKeys ? num_keys - first : kTileKeys;
   };
   TileRows<T> tile, next;
-  std::int64_t first = first_seen / kTileKeys * kTileKeys;
+  std::int64_t first = first_key(p, earliest);
+  if (first < begin) first = begin;
   if (first >= num_keys) return;
   find_tile(p, page_table, kv_head_of(p, rows), first, count_from(first), &next);
   for (; first < num_keys; first += kTileKeys) {
@@ -371,8 +387,11 @@ void add_keys(const AttentionPrefillParams& p, const std::int32_t* page_table,
                                (end < num_keys ? end : num_keys) - first);
     }
     tile = next;
-    if (then < num_keys)
+    if (then < num_keys) {
       find_tile(p, page_table, kv_head_of(p, rows), then, count_from(then), &next);
+    } else if (following != nullptr) {
+      next = *following;
+    }
     weigh_tile(p, tile, next, rows, count, b);
     if (count == kTileKeys && spread_seen(rows, b)) {
       add_values(p, tile, next, rows, 0, rows.count(), 0, count, b);
@@ -399,28 +418,60 @@ inline void finish_rows(const AttentionPrefillParams& p, const QueryRows& rows,
   }
 }
 
-// Calls fn(s, end, rows, b) for blocks of the query rows of each sequence s, whose last row is
-// end - 1. A work item is (sequence, block of tokens, KV head). Where items are few for the
-// threads, blocks are smaller, down to kLeastRows, and then query heads are cut in parts. Threads
-// take items as they become free, last tokens first, since those see most keys. Each thread has a
-// block of its own in the caller's scratch memory.
-template <class Fn>
-void for_each_block(const AttentionPrefillParams& p, const Fn& fn) {
+// Sequences whose rows go through the keys that all of them share together: one sequence, or
+// neighbours of one row each.
+struct Unit {
+  std::int64_t begin, end;          // sequences
+  std::int64_t row_begin, row_end;  // their rows of q
+  std::int64_t num_shared;          // keys, whole tiles; 0 for one sequence
+};
+
+// The work of one thread at a time: some of a unit's tokens, some heads.
+struct Item {
+  Unit unit;
+  QueryRows rows;
+};
+
+// Calls fn(item, next, b) for blocks of the query rows of each sequence; `next` (null for none) is
+// the item that is free next. Where items are few for the threads, blocks are smaller, down to
+// kLeastRows, and then query heads are cut in parts. Threads take items as they become free, last
+// tokens first, since those see most keys. Each thread has a block of its own in the caller's
+// scratch memory. join(unit, s) says whether sequence s, the next one, joins the unit.
+template <class Join, class Fn>
+void for_each_block(const AttentionPrefillParams& p, const Join& join, const Fn& fn) {
   const std::int64_t group = p.num_q_heads / p.num_kv_heads;
   const auto row_of = [&](std::int64_t s) {
     return p.query_starts == nullptr ? s : std::int64_t{p.query_starts[s]};
   };
   const int threads = num_threads();
+  const std::int64_t block_bytes = AttentionBlock::floats(p.head_dim) * 4;
+  auto* memory = static_cast<char*>(
+      scratch(threads * block_bytes + p.num_seqs * static_cast<std::int64_t>(sizeof(Unit))));
+  Unit* units = reinterpret_cast<Unit*>(memory + threads * block_bytes);
+  std::int64_t num_units = 0;
+  for (std::int64_t s = 0; s < p.num_seqs; ++s) {
+    if (num_units > 0 && join(&units[num_units - 1], s)) {
+      units[num_units - 1].end = s + 1;
+      units[num_units - 1].row_end = row_of(s + 1);
+    } else {
+      units[num_units++] = {s, s + 1, row_of(s), row_of(s + 1), 0};
+    }
+  }
   std::int64_t parts = (group + kMaxRows - 1) / kMaxRows, max_rows = kMaxRows;
   std::int64_t num_heads, num_tokens, num_items;
-  const auto blocks_of = [&](std::int64_t s) {
-    return (row_of(s + 1) - row_of(s) + num_tokens - 1) / num_tokens;
+  const auto blocks_of = [&](const Unit& unit) {
+    const std::int64_t count = unit.row_end - unit.row_begin;
+    const std::int64_t blocks = (count + num_tokens - 1) / num_tokens;
+    // What sequences share is most of their work: enough for all threads.
+    const std::int64_t least = (threads + p.num_kv_heads - 1) / p.num_kv_heads;
+    if (unit.num_shared == 0 || blocks >= least) return blocks;
+    return least < count ? least : count;
   };
   for (;;) {
     num_heads = (group + parts - 1) / parts;
     num_tokens = max_rows > num_heads ? max_rows / num_heads : 1;
     num_items = 0;
-    for (std::int64_t s = 0; s < p.num_seqs; ++s) num_items += blocks_of(s);
+    for (std::int64_t i = 0; i < num_units; ++i) num_items += blocks_of(units[i]);
     num_items *= p.num_kv_heads * parts;
     if (num_items < 4 * threads && max_rows > kLeastRows) {
       max_rows /= 2;
@@ -430,27 +481,32 @@ void for_each_block(const AttentionPrefillParams& p, const Fn& fn) {
       break;
     }
   }
-  const std::int64_t block_floats = AttentionBlock::floats(p.head_dim);
-  auto* memory = static_cast<float*>(scratch(threads * block_floats * 4));
+  const auto item_of = [&](std::int64_t idx) {
+    const std::int64_t head = idx % (p.num_kv_heads * parts);
+    std::int64_t block = idx / (p.num_kv_heads * parts);
+    const Unit* unit = units;
+    for (; block >= blocks_of(*unit); ++unit) block -= blocks_of(*unit);
+    const std::int64_t count = unit->row_end - unit->row_begin, blocks = blocks_of(*unit);
+    const std::int64_t begin = count * block / blocks, end = count * (block + 1) / blocks;
+    const std::int64_t head_begin = head / parts * group + head % parts * num_heads,
+                       left = (head / parts + 1) * group - head_begin;
+    return Item{
+        *unit,
+        {unit->row_begin + begin, end - begin, head_begin, left < num_heads ? left : num_heads}};
+  };
   int next_block = 0;
   std::int64_t next = 0;
   parallel_for(threads, 1, [&](std::int64_t, std::int64_t) {
     const int idx = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED);
-    const AttentionBlock b(memory + idx * block_floats, p.head_dim);
+    const AttentionBlock b(reinterpret_cast<float*>(memory + idx * block_bytes), p.head_dim);
     for (;;) {
-      const std::int64_t item = num_items - 1 - __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item < 0) return;
-      const std::int64_t head = item % (p.num_kv_heads * parts);
-      std::int64_t block = item / (p.num_kv_heads * parts), s = 0;
-      for (; block >= blocks_of(s); ++s) block -= blocks_of(s);
-      const std::int64_t begin = row_of(s) + block * num_tokens, end = row_of(s + 1);
-      const std::int64_t head_begin = head / parts * group + head % parts * num_heads,
-                         group_end = (head / parts + 1) * group;
-      if (head_begin >= group_end) continue;
-      fn(s, end,
-         QueryRows{begin, begin + num_tokens < end ? num_tokens : end - begin, head_begin,
-                   head_begin + num_heads < group_end ? num_heads : group_end - head_begin},
-         b);
+      const std::int64_t taken = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (taken >= num_items) return;
+      const Item item = item_of(num_items - 1 - taken);
+      if (item.rows.num_heads <= 0) continue;
+      const std::int64_t then = __atomic_load_n(&next, __ATOMIC_RELAXED);
+      const Item following = then < num_items ? item_of(num_items - 1 - then) : item;
+      fn(item, then < num_items ? &following : nullptr, b);
     }
   });
 }

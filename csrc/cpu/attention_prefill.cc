@@ -7,17 +7,20 @@
 namespace fullbeam::cpu::FULLBEAM_ISA {
 
 void attention_prefill(const AttentionPrefillParams& p) {
-  for_each_block(
-      p, [&](std::int64_t s, std::int64_t end, const QueryRows& rows, const AttentionBlock& b) {
-        const std::int64_t first_position = p.seq_lens[s] - (end - rows.token_begin);
-        for (std::int64_t token = 0; token < rows.num_tokens; ++token)
-          b.positions[token] = static_cast<std::int32_t>(first_position + token);
-        begin_rows(p, rows, b);
-        dispatch_pages(p.kv_dtype, [&]<class T>() {
-          add_keys<T>(p, p.page_table + s * p.max_pages, rows, first_position + rows.num_tokens, b);
-        });
-        finish_rows(p, rows, b);
-      });
+  const auto never = [](Unit*, std::int64_t) { return false; };
+  for_each_block(p, never, [&](const Item& item, const Item*, const AttentionBlock& b) {
+    const QueryRows& rows = item.rows;
+    const std::int64_t s = item.unit.begin;
+    const std::int64_t first_position = p.seq_lens[s] - (item.unit.row_end - rows.token_begin);
+    for (std::int64_t token = 0; token < rows.num_tokens; ++token)
+      b.positions[token] = static_cast<std::int32_t>(first_position + token);
+    begin_rows(p, rows, b);
+    dispatch_pages(p.kv_dtype, [&]<class T>() {
+      add_keys<T>(p, p.page_table + s * p.max_pages, rows, 0, first_position + rows.num_tokens,
+                  nullptr, b);
+    });
+    finish_rows(p, rows, b);
+  });
 }
 
 }  // namespace fullbeam::cpu::FULLBEAM_ISA

@@ -77,6 +77,37 @@ def test_attention_decode_of_a_sequence_ignores_the_other_sequences(rng: Any) ->
             np.testing.assert_array_equal(decode(q, kv, scale=0.2), together)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_attention_decode_of_sequences_that_share_pages_is_the_same_bits_as_alone(
+    rng: Any, case: tuple[Any, ...]
+) -> None:
+    num_q_heads, num_kv_heads, head_dim, page_size, window, softcap, dtype = case
+    kv = paged_kv(
+        rng, [200, 160, 190, 129, 258, 40, 20, 17, 300, 150, 290, 300],
+        num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype,
+    )  # fmt: skip
+    for first, others in ((0, range(1, 8)), (8, (9, 10))):
+        for seq in others:
+            num_pages = min(kv.seq_lens[[first, seq]]) // page_size
+            kv.page_table[seq, :num_pages] = kv.page_table[first, :num_pages]
+    kv.page_table[11] = kv.page_table[10]
+    kv.seq_lens[11] = kv.seq_lens[10]
+    q = rng.standard_normal((12, num_q_heads, head_dim)).astype(np.float32)
+    options = {"scale": head_dim**-0.5, "window": window, "softcap": softcap}
+    alone = [
+        decode(
+            q[[seq]],
+            PagedKv(kv.k_pages, kv.v_pages, kv.page_table[[seq]], kv.seq_lens[[seq]]),
+            **options,
+        )[0]
+        for seq in range(12)
+    ]
+    for count in (1, 2, 5):
+        with num_threads(count), guarded(q.shape) as out:
+            decode(q, kv, out=out, **options)
+            np.testing.assert_array_equal(out, np.stack(alone))
+
+
 def test_attention_decode_ignores_where_the_pages_are(rng: Any) -> None:
     kv = paged_kv(rng, [100, 40])
     q = rng.standard_normal((2, 4, 32)).astype(np.float32)
