@@ -114,11 +114,14 @@ def _model_options(command: F) -> F:
         click.option(
             "--draft-tokens",
             type=click.IntRange(0),
-            help="Most tokens computed ahead where a text repeats itself; 0: none; default: 15.",
+            help="Most tokens computed ahead where a text repeats itself; 0: none; default: 15 on the CPU.",
         ),
         click.option("--threads", type=int, help="Threads to compute with; default: the cores."),
         click.option(
-            "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Backend."
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            help="What computes; auto: the CPU.",
         ),
     ):
         command = option(command)
