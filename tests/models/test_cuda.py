@@ -50,9 +50,9 @@ def assert_same(answers: list[list[Piece]], expected: list[list[Piece]]) -> None
 
 
 @pytest.fixture(autouse=True)
-def direct(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the engine's arrays are there already."""
-    if backend == "cuda":
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda":
         monkeypatch.setattr(ops, "_core", _core)
 
 
@@ -136,3 +136,15 @@ def test_steps_started_ahead_change_nothing(
     assert_same(complete(engine, batch), on_cpu(path, batch))
     assert sum(launches) > len(launches) / 4
     assert engine.stats().num_used_pages == 0
+
+
+def test_a_full_gpu_says_what_to_lower() -> None:
+    from fullbeam.engine.cuda import CudaDevice
+
+    with (
+        pytest.raises(
+            ValueError, match=r"memory is full: \d+ MiB are free: lower context or max_rows"
+        ),
+        CudaDevice("cpu").active(),
+    ):
+        raise torch.OutOfMemoryError
