@@ -14,8 +14,9 @@ if(CMAKE_CUDA_COMPILER)
   target_include_directories(cuda_kernels PRIVATE csrc)
   target_compile_features(cuda_kernels PRIVATE cuda_std_20)
   # -fmad=false: products and sums are contracted only where the source says fma, as on the CPU.
-  # Constexpr functions of csrc/core serve host and device.
-  target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr -Xptxas=-v
+  # Constexpr functions of csrc/core serve host and device. A file's two architectures are compiled side by side, so
+  # that the longest one doesn't end alone on one core.
+  target_compile_options(cuda_kernels PRIVATE -fmad=false --expt-relaxed-constexpr --threads=2 -Xptxas=-v
     -Xcompiler=-fvisibility=hidden,-Wall)
   set(launcher ${CMAKE_SOURCE_DIR}/third_party/keep_ptxas_report.sh ${CMAKE_CUDA_COMPILER_LAUNCHER})
   set_target_properties(cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // One step of beam search: the best tokens of each beam, then each group's choice among them.
-// Mapping: two launches. The rows of beams as cuda/logits.cuh has it: a cluster per beam, or a
+// Mapping: two launches. The rows of beams as cuda/logits_row.cuh has it: a cluster per beam, or a
 // block per tile and the last one for the rest. Then a block per request, group after group:
 // candidates are sorted in shared memory, as many at a time as there is room for beside the best so
 // far. Cost: the logits once per beam; of lists, 16 bytes per beam and token that a group may need.
 // Numerics: log-softmax as in cuda/logprobs.cu; scores in float64. Where only rounding makes scores
 // of one beam's tokens equal, the larger logit may win over the lower id. Source: Vijayakumar et
 // al. 2016 (arXiv 1610.02424) for diverse groups; exact for the reason that cpu/beam_step.cc gives.
+#include "cuda/logits_kernel.cuh"
 #include "cuda/select.cuh"
 #include "ops/beam_step.h"
 

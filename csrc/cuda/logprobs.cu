@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // log-softmax of each row at one token and at its best tokens, and that token's rank.
-// Mapping: as cuda/logits.cuh has it: a cluster per row, or a block per tile and the last one for
-// the rest.
-// Cost: the logits once, and once more (from shared memory or L2) the strips that reach the token
-// or the bound of the best ones; memory-bound. Numerics: the sum of exponentials in float32 within
-// a strip of 128 tokens, in whole numbers of 2^-42 of the largest across strips; the difference
-// logit - log(sum) in float64, rounded once. Source: the definition.
+// Mapping: as cuda/logits_row.cuh has it: a cluster per row, or a block per tile and the last one
+// for the rest. Cost: the logits once, and once more (from shared memory or L2) the strips that
+// reach the token or the bound of the best ones; memory-bound. Numerics: the sum of exponentials in
+// float32 within a strip of 128 tokens, in whole numbers of 2^-42 of the largest across strips; the
+// difference logit - log(sum) in float64, rounded once. Source: the definition.
+#include "cuda/logits_kernel.cuh"
 #include "cuda/logprobs.cuh"
 #include "ops/logprobs.h"
 

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Draws one token per row after its edits, temperature, min_p, top_k and top_p, and says how likely
 // it was before them.
-// Mapping: as cuda/logits.cuh has it: a cluster per row, or a block per tile and the last one for
-// the rest. One launch.
-// Cost: the logits once from memory; of a row with edits, the strips that log-probabilities ask for
-// again, from L2. On the portable way the strips with candidates are read again, from L2, and all
-// strips where more than kListSize tokens are candidates. Numerics: as cuda/logprobs.cu; weights in
-// float32, their sums in whole numbers, so that a cumulative sum always reaches its target and the
-// index needs no clamp; thresholds in float64. Source: inverse transform sampling; Holtzman et al.
-// 2019 (arXiv 1904.09751) for top_p, Nguyen et al. 2024 (arXiv 2407.01082) for min_p, Keskar et al.
-// 2019 (arXiv 1909.05858) for the repetition penalty.
+// Mapping: as cuda/logits_row.cuh has it: a cluster per row, or a block per tile and the last one
+// for the rest. One launch. Cost: the logits once from memory; of a row with edits, the strips that
+// log-probabilities ask for again, from L2. On the portable way the strips with candidates are read
+// again, from L2, and all strips where more than kListSize tokens are candidates. Numerics: as
+// cuda/logprobs.cu; weights in float32, their sums in whole numbers, so that a cumulative sum
+// always reaches its target and the index needs no clamp; thresholds in float64. Source: inverse
+// transform sampling; Holtzman et al. 2019 (arXiv 1904.09751) for top_p, Nguyen et al. 2024 (arXiv
+// 2407.01082) for min_p, Keskar et al. 2019 (arXiv 1909.05858) for the repetition penalty.
 #include "core/philox.h"
+#include "cuda/logits_kernel.cuh"
 #include "cuda/logprobs.cuh"
 #include "ops/sample.h"
 

@@ -6,7 +6,7 @@
 // one at each pass, until the rest fits. The first block of a row's team holds lists and
 // histograms.
 #pragma once
-#include "cuda/logits.cuh"
+#include "cuda/logits_passes.cuh"
 
 namespace fullbeam::cuda {
 
