@@ -427,7 +427,7 @@ void launch_decode(Kernel kernel, const AttentionDecodeParams& p, int block_rows
 // Whether the device's shared memory allows it (99 KB don't for 256 columns).
 template <class T>
 bool decode_on_matrices(const AttentionDecodeParams& p) {
-  return dispatch_dim(p.head_dim, [&]<int kDim>() {
+  return dispatch_dim<false>(p.head_dim, [&]<int kDim>() {
     // As many stages as let two blocks share a multiprocessor, or as fit at all.
     constexpr std::int64_t kFixed = kRing<kDim>, kStage = TileShape<kDim>::kBytes;
     const std::int64_t most = device_info().max_shared_bytes;

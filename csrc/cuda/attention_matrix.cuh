@@ -429,11 +429,13 @@ inline bool fits_matrices(const AttentionPrefillParams& p) {
 }
 
 // Calls fn<kDim>() for the least size that holds head_dim; columns beyond it are zeros. Each size
-// takes 6 to 8 seconds to compile, so 80 shares that of 96.
-template <class Fn>
+// takes seconds to compile, so 80 shares that of 96, or of 128 where memory is what bounds it.
+template <bool kHas96, class Fn>
 inline bool dispatch_dim(std::int64_t head_dim, const Fn& fn) {
   if (head_dim <= 64) return fn.template operator()<64>();
-  if (head_dim <= 96) return fn.template operator()<96>();
+  if constexpr (kHas96) {
+    if (head_dim <= 96) return fn.template operator()<96>();
+  }
   if (head_dim <= 128) return fn.template operator()<128>();
   return fn.template operator()<256>();
 }

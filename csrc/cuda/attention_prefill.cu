@@ -174,7 +174,7 @@ bool try_prefill(const AttentionPrefillParams& p) {
 // 128 columns) hold them.
 template <class T>
 bool prefill_on_matrices(const AttentionPrefillParams& p) {
-  return dispatch_dim(p.head_dim, [&]<int kDim>() {
+  return dispatch_dim<true>(p.head_dim, [&]<int kDim>() {
     if constexpr (kDim == 64 || kDim == 128) {
       if (try_prefill<T, kDim, 2>(p)) return true;
     }
