@@ -114,7 +114,7 @@ def _model_options(command: F) -> F:
         click.option(
             "--draft-tokens",
             type=click.IntRange(0),
-            help="Most tokens computed ahead where a text repeats itself; 0: none; default: 15, cuda: 0.",
+            help="Most tokens computed ahead where a text repeats itself; default: 15, cuda: 0.",
         ),
         click.option("--threads", type=int, help="Threads to compute with; default: the cores."),
         click.option(

@@ -142,9 +142,7 @@ def test_a_full_gpu_says_what_to_lower() -> None:
     from fullbeam.engine.cuda import CudaDevice
 
     with (
-        pytest.raises(
-            ValueError, match=r"memory is full: \d+ MiB are free: lower context or max_rows"
-        ),
+        pytest.raises(ValueError, match=r"full: \d+ MiB are free: lower context or max_rows"),
         CudaDevice("cpu").active(),
     ):
         raise torch.OutOfMemoryError
