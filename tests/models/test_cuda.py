@@ -11,12 +11,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import backends
 from fullbeam import _core, ops
 from fullbeam.engine.text import Piece
 from fullbeam.models import OpenModel, open_model
+from fullbeam.params import CompletionParams
 from request_mix import (
     CONTEXT,
     PAGE_SIZE,
@@ -31,11 +33,11 @@ from request_mix import (
 torch = pytest.importorskip("torch")
 
 
-def on_cuda(path: Path, backend: str) -> OpenModel:
+def on_cuda(path: Path, backend: str, dtype: str = "float32") -> OpenModel:
     from fullbeam.engine.cuda import CudaDevice
 
     where = "cuda" if backend == "cuda" else "cpu"
-    return open_model(path, device=CudaDevice(where, dtype="float32", kv_dtype="float32"))
+    return open_model(path, device=CudaDevice(where, dtype=dtype, kv_dtype=dtype))
 
 
 def assert_same(answers: list[list[Piece]], expected: list[list[Piece]]) -> None:
@@ -136,6 +138,21 @@ def test_steps_started_ahead_change_nothing(
     assert_same(complete(engine, batch), on_cpu(path, batch))
     assert sum(launches) > len(launches) / 4
     assert engine.stats().num_used_pages == 0
+
+
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_float32(path: Path, backend: str, dtype: str) -> None:
+    """As it runs on a GPU, with tensor cores: what the model says of a prompt, in two chunks."""
+    prompt = requests()[5][0]
+    batch = [(prompt, CompletionParams(max_tokens=1, echo=True, logprobs=1, temperature=0.0))]
+    engine = make_engine(on_cuda(path, backend, dtype), token_budget=40)
+    ((choice,),), ((want,),) = complete(engine, batch), on_cpu(path, batch)
+    assert choice.logprobs is not None
+    assert want.logprobs is not None
+    got, right = (np.array(piece.logprobs.token_logprobs[1:]) for piece in (choice, want))
+    assert np.abs(got - right).mean() < (0.1 if dtype == "bfloat16" else 0.02)
 
 
 def test_a_full_gpu_says_what_to_lower() -> None:
