@@ -35,6 +35,16 @@ void pause() {
 #endif
 }
 
+void spin_until_zero(const std::atomic<int>& count) {
+  for (int spins = 0; count.load(std::memory_order_acquire) > 0; ++spins) {
+    if (spins < kSpins) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
 // One team for the process. A region is a generation: workers see the counter move, run, and count
 // themselves off.
 class Team {
@@ -55,13 +65,7 @@ class Team {
       wake_.notify_all();
     }
     body(context, 0, count);
-    for (int spins = 0; remaining_.load(std::memory_order_acquire) > 0; ++spins) {
-      if (spins < kSpins) {
-        pause();
-      } else {
-        std::this_thread::yield();
-      }
-    }
+    spin_until_zero(remaining_);
   }
 
  private:
@@ -135,6 +139,11 @@ void set_num_threads(int count) {
                                 std::to_string(count));
   }
   threads_wanted = count;
+}
+
+void Barrier::wait() {
+  left_.fetch_sub(1, std::memory_order_acq_rel);
+  spin_until_zero(left_);
 }
 
 void* scratch(std::int64_t bytes) {

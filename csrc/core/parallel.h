@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 #include "core/api.h"
@@ -17,28 +18,39 @@ FULLBEAM_API int num_physical_cores();
 // microseconds, then sleep.
 void run_team(void (*body)(void* context, int thread_idx, int num_threads), void* context);
 
+// The same for fn(thread_idx, num_threads).
+template <class Fn>
+inline void run_team(const Fn& fn) {
+  run_team([](void* raw, int thread_idx,
+              int num_threads) { (*static_cast<const Fn*>(raw))(thread_idx, num_threads); },
+           const_cast<Fn*>(&fn));
+}
+
+// The threads of a region meet here, once.
+class Barrier {
+ public:
+  explicit Barrier(int num_threads) : left_(num_threads) {}
+  void wait();
+
+ private:
+  std::atomic<int> left_;
+};
+
 // Splits [0, count) in contiguous ranges of multiples of `grain`, one per thread, and calls
 // fn(begin, end).
 template <class Fn>
 inline void parallel_for(std::int64_t count, std::int64_t grain, Fn&& fn) {
-  struct Context {
-    std::int64_t count, grain;
-    Fn* fn;
-  } context{count, grain, &fn};
   if (count <= grain || num_threads() == 1) {
     if (count > 0) fn(std::int64_t{0}, count);
     return;
   }
-  run_team(
-      [](void* raw, int thread_idx, int num_threads) {
-        const Context& c = *static_cast<Context*>(raw);
-        const std::int64_t num_grains = (c.count + c.grain - 1) / c.grain;
-        const std::int64_t begin = num_grains * thread_idx / num_threads * c.grain;
-        std::int64_t end = num_grains * (thread_idx + 1) / num_threads * c.grain;
-        if (end > c.count) end = c.count;
-        if (begin < end) (*c.fn)(begin, end);
-      },
-      &context);
+  run_team([&](int thread_idx, int num_threads) {
+    const std::int64_t num_grains = (count + grain - 1) / grain;
+    const std::int64_t begin = num_grains * thread_idx / num_threads * grain;
+    std::int64_t end = num_grains * (thread_idx + 1) / num_threads * grain;
+    if (end > count) end = count;
+    if (begin < end) fn(begin, end);
+  });
 }
 
 // [0, count) in chunks of `chunk`, for work of uneven cost: a contiguous share per thread, which it
@@ -83,16 +95,8 @@ inline void parallel_chunks(std::int64_t count, std::int64_t chunk, Fn&& fn) {
     if (count > 0) fn(std::int64_t{0}, count);
     return;
   }
-  struct Context {
-    Chunks chunks;
-    Fn* fn;
-  } context{Chunks(count, chunk, num_threads()), &fn};
-  run_team(
-      [](void* raw, int thread_idx, int) {
-        Context& c = *static_cast<Context*>(raw);
-        c.chunks.run(thread_idx, *c.fn);
-      },
-      &context);
+  Chunks chunks(count, chunk, num_threads());
+  run_team([&](int thread_idx, int) { chunks.run(thread_idx, fn); });
 }
 
 // Grow-only memory of the calling thread for intermediate results of one op, 64-byte aligned; the

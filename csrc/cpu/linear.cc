@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix product out = x * weight^T [+ bias] [+ residual] with the packed weights of core/weight.h.
-// Mapping: activations are quantised once; then each thread has a contiguous share of the panels of
-// 16 rows, a stretch of memory, and helps with the others' when it has done its own.
-// Up to kMaxTokens tokens meet a panel together, their sums in registers; more do so in turns or,
+// Mapping: threads quantise the activations together; then each has a contiguous share of the
+// panels of 16 rows, a stretch of memory, and helps with the others' when it has done its own. Up
+// to kMaxTokens tokens meet a panel together, their sums in registers; more do so in turns or,
 // where that is faster, tile by tile. Cost: at few tokens the packed bytes of the weight,
 // once; at many, 512 multiply-adds per tile and token. Numerics: exact int32 inside a tile (half a
 // tile for Q6_K); float32 over tiles, in column order. A row of the result depends on its own token
@@ -76,13 +76,18 @@ FULLBEAM_INLINE void quantise_tile(const float* x, const Activations& a, std::in
   a.scaled_sums[at] = scale * static_cast<float>(sums[0] + sums[1]);
 }
 
-// Tokens [begin, end), of one block: what lies together is written together.
-void quantise_tokens(const LinearParams& p, std::int64_t begin, std::int64_t end,
-                     const Activations& a) {
-  for (std::int64_t tile = 0; tile < a.num_tiles; ++tile) {
-    const std::int64_t at = a.place(begin, tile);
-    for (std::int64_t token = begin; token < end; ++token)
-      quantise_tile(p.x + token * p.x_stride + tile * kTileCols, a, at + token - begin);
+// A thread's share of the tiles, which are counted by kQuantiseTokens tokens: what lies together is
+// written together.
+void quantise_share(const LinearParams& p, const Activations& a, int thread_idx, int num_threads) {
+  const std::int64_t num_groups = (p.num_tokens + kQuantiseTokens - 1) / kQuantiseTokens;
+  const std::int64_t count = num_groups * a.num_tiles;
+  for (std::int64_t i = count * thread_idx / num_threads;
+       i < count * (thread_idx + 1) / num_threads; ++i) {
+    const std::int64_t tile = i % a.num_tiles, begin = i / a.num_tiles * kQuantiseTokens;
+    const std::int64_t left = p.num_tokens - begin, at = a.place(begin, tile);
+    const float* x = p.x + begin * p.x_stride + tile * kTileCols;
+    for (std::int64_t t = 0; t < (left < kQuantiseTokens ? left : kQuantiseTokens); ++t)
+      quantise_tile(x + t * p.x_stride, a, at + t);
   }
 }
 
@@ -319,29 +324,36 @@ void linear(const LinearParams& p) {
   const std::int64_t num_tiles = any_quantised ? p.cols / kTileCols : 0;
   const Activations a(scratch(Activations::bytes(num_tiles, p.num_tokens)), num_tiles,
                       p.num_tokens);
-  if (any_quantised) {
-    parallel_for(p.num_tokens, kQuantiseTokens, [&](std::int64_t begin, std::int64_t end) {
-      for (; begin < end; begin += kQuantiseTokens)
-        quantise_tokens(p, begin, begin + kQuantiseTokens < end ? begin + kQuantiseTokens : end, a);
-    });
-  }
   // Small enough chunks that the threads end together; a block's activations serve all panels of a
   // chunk from L2.
-  const std::int64_t fair = p.num_panels / (8 * num_threads());
-  const std::int64_t chunk = fair < 1 ? 1 : fair < 16 ? fair : 16;
-  parallel_chunks(p.num_panels, chunk, [&](std::int64_t begin_panel, std::int64_t end_panel) {
-    F32 acc[kBlockTokens][kParts];
-    for (std::int64_t begin = 0; begin < p.num_tokens; begin += kBlockTokens) {
-      const std::int64_t count = a.block_count(begin);
-      std::int64_t s = 0;
-      for (std::int64_t panel = begin_panel; panel < end_panel; ++panel) {
-        while (panel >= p.segments[s].panel_begin + p.segments[s].num_panels) ++s;
-        const WeightSegment& segment = p.segments[s];
-        one_panel(p, segment, panel - segment.panel_begin, a, begin, count, acc);
-        write_panel(p, segment, panel - segment.panel_begin, begin, count, acc);
-      }
+  const int num_threads = p.num_panels > 1 ? fullbeam::num_threads() : 1;
+  const std::int64_t fair = p.num_panels / (8 * num_threads);
+  Chunks chunks(p.num_panels, fair < 1 ? 1 : fair < 16 ? fair : 16, num_threads);
+  Barrier quantised(num_threads);
+  const auto share = [&](int thread_idx, int) {
+    if (any_quantised) {
+      quantise_share(p, a, thread_idx, num_threads);
+      quantised.wait();
     }
-  });
+    chunks.run(thread_idx, [&](std::int64_t begin_panel, std::int64_t end_panel) {
+      F32 acc[kBlockTokens][kParts];
+      for (std::int64_t begin = 0; begin < p.num_tokens; begin += kBlockTokens) {
+        const std::int64_t count = a.block_count(begin);
+        std::int64_t s = 0;
+        for (std::int64_t panel = begin_panel; panel < end_panel; ++panel) {
+          while (panel >= p.segments[s].panel_begin + p.segments[s].num_panels) ++s;
+          const WeightSegment& segment = p.segments[s];
+          one_panel(p, segment, panel - segment.panel_begin, a, begin, count, acc);
+          write_panel(p, segment, panel - segment.panel_begin, begin, count, acc);
+        }
+      }
+    });
+  };
+  if (num_threads == 1) {
+    share(0, 1);
+  } else {
+    run_team(share);
+  }
 }
 
 }  // namespace fullbeam::cpu::FULLBEAM_ISA
