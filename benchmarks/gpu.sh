@@ -13,10 +13,11 @@
 #   all       all of these, also where none is named
 #
 # --limit is for all steps together: what no time is left for is skipped. FOLDER (default: $OUT, else build/gpu) gets
-# summary.txt, a STEP.log as it is written, ptxas.txt, ops.json and engine-SHAPE.json. Wants Python (PYTHON, else python3) with torch for
-# CUDA, numpy, pytest, hypothesis, pip, scikit-build-core, pybind11, cmake and ninja, the CUDA toolkit and a C++
-# compiler; says what of that is missing, leaves out what needs it, takes nothing from a package index. A step that
-# fails doesn't keep the next from running; the exit status is that of the worst.
+# summary.txt, build.log (with what ptxas says), test.log, sanitize.log and bench.log as they are written, ops.json and
+# engine-SHAPE.json. Wants Python (PYTHON, else python3) with torch for CUDA, numpy, pytest, hypothesis, pip,
+# scikit-build-core, pybind11, cmake and ninja, the CUDA toolkit and a C++ compiler; says what of that is missing,
+# leaves out what needs it, takes nothing from a package index. A step that fails doesn't keep the next from running;
+# the exit status is that of the worst.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${OUT:-$root/build/gpu}
@@ -125,9 +126,9 @@ has_package() { # STEP FOLDER: whether the package was built there
 can_build() { can "$1" nvcc g++ cmake ninja pip scikit_build_core pybind11 numpy; }
 can_test() { can "$1" torch device numpy pytest hypothesis; }
 
-install() { # LOG SITE BUILD-FOLDER [CMAKE-ARGUMENTS]
+install() { # NAME SITE BUILD-FOLDER [CMAKE-ARGUMENTS]
   rm -rf "$2"
-  run "$1" "$1" 400 env FULLBEAM_CUDA=ON CMAKE_ARGS="${4:-}" CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
+  run build "$1" 400 env FULLBEAM_CUDA=ON CMAKE_ARGS="${4:-}" CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
     "$python" -m pip install --no-build-isolation --no-deps --no-index --target "$2" -C build-dir="$3" .
 }
 pytest_in() { # LOG NAME MOST SITE ARGUMENTS...
@@ -140,7 +141,7 @@ pytest_in() { # LOG NAME MOST SITE ARGUMENTS...
 step_build() {
   can_build build || return
   install build "$site" build/gpu-tree || return
-  "$python" -m benchmarks.kernels > "$folder/ptxas.txt" 2>&1
+  "$python" -m benchmarks.kernels >> "$folder/build.log" 2>&1
   (cd / && PYTHONPATH=$site "$python" -c \
     'from fullbeam import _core; print(_core.build_info(), _core.num_cuda_devices(), "device(s)")') 2>&1 |
     tail -n 1 | tee -a "$folder/summary.txt"
@@ -153,8 +154,8 @@ step_test() {
 }
 step_portable() {
   can_build portable && can_test portable || return
-  install portable "$portable_site" build/gpu-portable-tree -DCMAKE_CUDA_ARCHITECTURES=80 || return
-  pytest_in portable "portable tests" 120 "$portable_site" -v tests/ops/test_sample.py tests/ops/test_logprobs.py \
+  install "portable build" "$portable_site" build/gpu-portable-tree -DCMAKE_CUDA_ARCHITECTURES=80 || return
+  pytest_in test "portable tests" 120 "$portable_site" -v tests/ops/test_sample.py tests/ops/test_logprobs.py \
     tests/ops/test_beam_step.py
 }
 # One allocation per array, so that an access past its end is seen; our kernels alone, where this version can choose.
