@@ -61,11 +61,16 @@ def test_a_missing_barrier_shows_the_undefined_start_of_shared_memory(check: Che
             marks=without_sanitizer,
         ),
         ("too much shared memory", "failed at"),
+        ("overlap without waiting", "without waiting for the launch that its own may overlap"),
         ("allocate in a capture", "operation not permitted when stream is capturing"),
     ],
 )
 def test_faults_are_found(check: Check, kernel: str, words: str) -> None:
     assert words in check(kernel)
+
+
+def test_a_launch_may_overlap_the_one_before(check: Check) -> None:
+    assert check("overlap") == ""
 
 
 def test_errors_tell_the_seed(check: Check) -> None:

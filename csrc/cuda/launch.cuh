@@ -7,6 +7,7 @@
 
 #include "core/stream.h"
 #include "cuda/device.h"
+#include "cuda/overlap.cuh"
 #include "cuda/shared.cuh"
 
 namespace fullbeam::cuda {
@@ -19,13 +20,6 @@ struct Shape {
   // wait_for_launch_before() first of all.
   bool overlaps = false;
 };
-
-// What the launch before wrote is there afterwards.
-__device__ inline void wait_for_launch_before() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Launches a kernel on the current stream and throws where CUDA refuses it. Every kernel goes
 // through here.

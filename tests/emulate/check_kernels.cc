@@ -49,6 +49,9 @@ void sums(float* out) {
   auto* shared = reinterpret_cast<float*>(dynamic_shared());
   out[threadIdx.x] = block_reduce(static_cast<float>(threadIdx.x), shared, Sum());
 }
+void wait_for_launch(bool waits) {
+  if (waits || threadIdx.x > 0) wait_for_launch_before();
+}
 void tell_device(int* out) { *out = emulate::current_device; }
 // out[16, 8] = a[16, 16] b[8, 16]^T, through shared memory.
 void product(const Half* a, const Half* b, float* out) {
@@ -118,6 +121,8 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_check(cons
     } else if (kernel == "product") {
       launch(&product, {.grid = 1, .block = 32, .shared_bytes = 768}, static_cast<const Half*>(in),
              static_cast<const Half*>(more), static_cast<float*>(out));
+    } else if (kernel == "overlap" || kernel == "overlap without waiting") {
+      launch(&wait_for_launch, {.grid = 1, .block = 32, .overlaps = true}, kernel == "overlap");
     } else if (kernel == "tell the device") {
       const OtherStream stream(1, false);
       launch(&tell_device, {.grid = 1, .block = 1}, ints);

@@ -480,7 +480,10 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
                                       Args&&... args) {
   emulate::Grid grid{config->gridDim, config->blockDim, config->dynamicSmemBytes, 1};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    if (config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      grid.overlaps = true;
+      continue;
+    }
     const dim3 cluster = config->attrs[i].val.clusterDim;
     // Later devices would run the code for capability 80, whose clusters have one block.
     if (emulate::device.major != 9) return cudaErrorNotSupported;

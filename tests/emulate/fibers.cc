@@ -41,6 +41,7 @@ std::vector<char*> stacks;
 Fiber launcher;  // the caller of run_grid
 const std::function<void()>* body = nullptr;
 std::exception_ptr failure;
+bool is_overlapping = false;
 int num_live = 0;                                // of all blocks of the cluster
 int num_cluster_arrived = 0, cluster_phase = 0;  // of the cluster's barrier
 std::vector<Fiber*> cluster_waiting;
@@ -208,6 +209,9 @@ void fiber_main() {
   finish_switch(nullptr);
   try {
     (*body)();
+    if (is_overlapping && !fiber->has_waited) {
+      fail("a thread returned without waiting for the launch that its own may overlap");
+    }
     if (!fiber->copies.empty()) fail("a thread returned with asynchronous copies under way");
     leave();
   } catch (...) {
@@ -246,7 +250,7 @@ void run_cluster(std::vector<Block>& blocks, std::vector<Fiber>& fibers) {
     allow(f.stack, kStackBytes);
     f.is_finished = false;
     f.waits_at = nullptr;
-    f.has_arrived_at_cluster = false;
+    f.has_waited = f.has_arrived_at_cluster = false;
     f.num_copy_groups = f.num_done_groups = 0;
     f.copies.clear();
     prepare(f, &fiber_main);
@@ -352,6 +356,7 @@ void run_grid(const Grid& grid, const std::function<void()>& kernel) {
   gridDim = grid.grid;
   shared_size = grid.shared_bytes;
   cluster_size = grid.cluster;
+  is_overlapping = grid.overlaps;
   body = &kernel;
   const std::size_t num_threads = std::size_t{1} * grid.block.x * grid.block.y * grid.block.z;
   while (stacks.size() < num_threads * cluster_size) stacks.push_back(new_stack());

@@ -67,6 +67,7 @@ struct Fiber {
   void* fake_stack;  // the address sanitizer's
   bool is_finished;
   const char* waits_at;
+  bool has_waited;  // for the launch before
   bool has_arrived_at_cluster;
   int cluster_phase;  // at its arrival
   int num_copy_groups, num_done_groups;
@@ -76,7 +77,8 @@ struct Fiber {
 struct Grid {
   dim3 grid, block;
   std::size_t shared_bytes = 0;
-  unsigned cluster = 1;  // blocks, along x
+  unsigned cluster = 1;   // blocks, along x
+  bool overlaps = false;  // the launch before
 };
 
 extern Fiber* fiber;  // the thread that runs now
