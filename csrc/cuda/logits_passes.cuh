@@ -224,6 +224,7 @@ __device__ inline void visit(RowShared& s, const View& view, int begin, int end,
     __syncthreads();
     first += count;
   }
+  if (total == 0) __syncthreads();
 }
 
 // The same over the whole of this block's share.
