@@ -10,7 +10,7 @@
 #   portable  the same for rows of logits, with kernels for sm_80 alone: the paths that Hopper doesn't take
 #   sanitize  memcheck, racecheck, synccheck and initcheck on small cases
 #   bench     every op beside torch, then the engine on random weights of 0.5 and 8 billion parameters
-#   all       all of these, also where none is named
+#   all       build, test, bench, portable, sanitize; also where none is named
 #
 # --limit is for all steps together: what no time is left for is skipped. FOLDER (default: $OUT, else build/gpu) gets
 # summary.txt, build.log (with what ptxas says), test.log, sanitize.log and bench.log as they are written, ops.json and
@@ -33,11 +33,11 @@ while [[ $# -gt 0 ]]; do
     --limit) limit=${2:-} && [[ $limit =~ ^[1-9][0-9]*$ ]] || refuse "--limit wants seconds"; shift 2 ;;
     -h | --help) sed -n '3,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     build | test | portable | sanitize | bench) steps+=("$1"); shift ;;
-    all) steps+=(build test portable sanitize bench); shift ;;
+    all) steps+=(build test bench portable sanitize); shift ;;
     *) refuse "unknown step or option '$1'" ;;
   esac
 done
-[[ ${#steps[@]} -gt 0 ]] || steps=(build test portable sanitize bench)
+[[ ${#steps[@]} -gt 0 ]] || steps=(build test bench portable sanitize)
 
 mkdir -p "$folder" || exit 1
 folder=$(cd "$folder" && pwd)
