@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import fullbeam
 from backends import tool
-from fullbeam import headers
+from fullbeam import _core, headers
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +77,19 @@ def test_library_exports_the_api_and_nothing_else() -> None:
     assert not others, f"exported, but not fullbeam's: {others}"
     kernels = [name for name in names if "fullbeam::cpu::" in name]
     assert not kernels, f"kernels must be hidden: {kernels}"
+
+
+@pytest.mark.usefixtures("_is_installed")
+def test_native_libraries_need_nothing_that_a_plain_linux_lacks() -> None:
+    """What manylinux wheels may need, and each other; the driver of CUDA is found at run time."""
+    readelf = shutil.which("readelf")
+    assert readelf is not None
+    plain = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libpthread.so.0"}
+    plain |= {"libdl.so.2", "librt.so.1", "ld-linux-x86-64.so.2", "libfullbeam.so"}
+    for library in (_core.__file__, str(Path(fullbeam.library_dir()) / "libfullbeam.so")):
+        needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run(readelf, "-dW", library))
+        assert "libstdc++.so.6" in needed
+        assert set(needed) <= plain, library
 
 
 def test_a_source_tree_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
