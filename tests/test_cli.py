@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -304,19 +305,62 @@ def test_pull_of_an_unknown_name(run: Run) -> None:
     assert "pull: name must be a hub id or one of gemma-3-270m" in one_line(run("pull", "nope"), 2)
 
 
-def test_info(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def info(
+    run: Run, monkeypatch: pytest.MonkeyPatch, *, cuda: str = "off", num_devices: int = 0
+) -> dict[str, str]:
     core = types.ModuleType("fullbeam._core")
-    core.build_info = lambda: {"compiler": "cc 1.0", "cuda": False}  # type: ignore[attr-defined]
-    core.cpu_isa = lambda: "best"  # type: ignore[attr-defined]
-    core.num_physical_cores = lambda: 77  # type: ignore[attr-defined]
-    core.num_cuda_devices = lambda: 0  # type: ignore[attr-defined]
-    core.why_no_cuda_device = lambda: "no driver"  # type: ignore[attr-defined]
+    vars(core).update(
+        build_info=lambda: {"compiler": "cc 1.0", "cuda": cuda, "cpu_isas": ["good", "best"]},
+        cpu_isa=lambda: "best",
+        num_physical_cores=lambda: 77,
+        num_cuda_devices=lambda: num_devices,
+        why_no_cuda_device=lambda: "no driver",
+    )
     monkeypatch.setitem(sys.modules, "fullbeam._core", core)
     monkeypatch.setattr(fullbeam, "_core", core, raising=False)
-    result = run("info", env={"FULLBEAM_CACHE": "somewhere"})
+    result = run("info", env={"FULLBEAM_CACHE": "somewhere", "COLUMNS": "200"})
     assert result.exit_code == 0
-    for text in ("fullbeam", "numpy", "somewhere", "cc 1.0", "best", "77", "no driver"):
-        assert text in result.stdout
+    lines = [re.split("  +", line.strip(), maxsplit=1) for line in result.stdout.splitlines()]
+    return {name: value for name, value in lines}
+
+
+def test_info(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FULLBEAM_CPU_ISA", raising=False)
+    facts = info(run, monkeypatch)
+    assert facts["fullbeam"] == fullbeam.__version__
+    assert facts["compiler"] == "cc 1.0"
+    assert facts["CPU kernels"] == "good, best; in use: best, the best here"
+    assert facts["threads"] == "77 unless --threads is given"
+    assert facts["CUDA kernels"] == "none: built without nvcc"
+    assert facts["CUDA devices"] == "none: no driver"
+    assert "somewhere" in facts["model folder"]
+    assert {"numpy", "torch", "python", "machine"} <= facts.keys()
+
+
+def test_info_says_that_the_instruction_set_is_forced(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FULLBEAM_CPU_ISA", "best")
+    facts = info(run, monkeypatch)
+    assert facts["CPU kernels"] == "good, best; in use: best, FULLBEAM_CPU_ISA says"
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("torch has none", "2, not used: torch has none"),
+        ("", "GPU 0, GPU 1; --device cuda uses the first, CUDA_VISIBLE_DEVICES says which that is"),
+    ],
+)
+def test_info_says_whether_a_device_is_used(
+    run: Run, monkeypatch: pytest.MonkeyPatch, reason: str, said: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("fullbeam.engine.device.why_no_cuda", lambda: reason)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
+    facts = info(run, monkeypatch, cuda="13.0 for sm_80", num_devices=2)
+    assert facts["CUDA kernels"] == "by nvcc 13.0 for sm_80"
+    assert facts["CUDA devices"] == said
 
 
 def test_info_without_the_native_module(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

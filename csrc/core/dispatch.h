@@ -42,7 +42,7 @@ inline int num_cuda_devices() { return cuda::num_devices(); }
 inline std::string why_no_cuda_device() { return cuda::why_no_device(); }
 #else
 inline int num_cuda_devices() { return 0; }
-inline std::string why_no_cuda_device() { return "fullbeam was built without CUDA"; }
+inline std::string why_no_cuda_device() { return "this build has no CUDA kernels"; }
 #endif
 
 inline void require_cpu(const char* op, Device device) {

@@ -111,6 +111,17 @@ int num_devices() {
 std::string why_no_device() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver) {  // which it also says where there is none
+    int driver = 0, needed = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&needed);
+    const auto version = [](int number) {  // 13010 is 13.1
+      return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+    };
+    if (driver == 0) return "no NVIDIA driver is installed";
+    return "the NVIDIA driver is for CUDA " + version(driver) + ", but this build needs " +
+           version(needed);
+  }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   return count == 0 ? "the driver reports no device" : "";
 }
