@@ -22,9 +22,11 @@ KNOWN |= {"MaxLengthCriteria", "EosTokenCriteria"}
 
 
 def attend(
-    module, query, key, value, _mask, *, scaling, batch, sliding_window=None, softcap=None, **_
+    module, query, key, value, _mask, *, scaling, batch, sliding_window=None, softcap=None, **others
 ):
     """What transformers calls in each layer; all tokens of the batch are one sequence to it."""
+    if others.get("s_aux") is not None:
+        raise NotImplementedError("attend: the model must have no attention sinks")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [num_tokens, num_heads, size]
     k_pages, v_pages = batch.pages[module.layer_idx]
     ops.kv_write(k, v, k_pages, v_pages, batch.slots)

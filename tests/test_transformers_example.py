@@ -163,6 +163,12 @@ def test_what_it_does_not_do_is_refused(
         )
 
 
+def test_attention_sinks_are_refused(example: Any) -> None:
+    query = torch.zeros(1, 2, 3, 16)
+    with pytest.raises(NotImplementedError, match="attention sinks"):
+        example.attend(None, query, query, query, None, scaling=1.0, batch=None, s_aux=query)
+
+
 @pytest.mark.parametrize("backend", ["emulated"], indirect=True)
 def test_it_runs_on_the_cuda_kernels(example: Any, backend: str) -> None:
     model = hf_models.make_model("llama")
