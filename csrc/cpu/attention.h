@@ -35,7 +35,7 @@ struct QueryRows {
 struct AttentionBlock {
   float* q;                 // scaled; many: panels of [head_dim, rows]; else [kFewRows, head_dim]
   float* out;               // [kMaxRows, head_dim]
-  float* k_tile;            // many: [kTileKeys, head_dim]; else [head_dim, kTileKeys]
+  float* k_tile;            // many: [kTileKeys, head_dim]; else of T, [head_dim, kTileKeys]
   float* v_tile;            // panels of [kTileKeys, head_dim]
   float* weights;           // many: [kTileKeys, kMaxRows]; else [kFewRows, kTileKeys]
   float* maxima;            // [kMaxRows]
@@ -96,9 +96,9 @@ void find_tile(const AttentionPrefillParams& p, const std::int32_t* page_table,
 // Keys that lie transposed; a line of the next tile's keys is asked for with each row.
 template <class T>
 struct KeyColumns {
-  const float* columns;
+  const T* columns;
   const T* const* next;
-  FULLBEAM_INLINE const float* row(std::int64_t k) const {
+  FULLBEAM_INLINE const T* row(std::int64_t k) const {
     __builtin_prefetch(next[k % kTileKeys] + k / kTileKeys * kTileKeys, 0, 2);
     return columns + k * kTileKeys;
   }
@@ -323,13 +323,14 @@ void weigh_tile(const AttentionPrefillParams& p, const TileRows<T>& tile, const 
   const std::int64_t dim = p.head_dim, num_rows = rows.count();
   const bool see_all = spread_seen(rows, b);
   if (!rows.are_many()) {
+    T* columns = reinterpret_cast<T*>(b.k_tile);
     for (std::int64_t key = 0; key < count; key += 8) {
       for (std::int64_t i = 0; i < dim; i += kTransposed)
-        transpose(tile.keys + key, i, b.k_tile + i * kTileKeys + key, kTileKeys);
+        transpose(tile.keys + key, i, columns + i * kTileKeys + key, kTileKeys);
     }
     for (std::int64_t col = 0; col < count; col += kRegCols) {
       multiply_panel<false, Order::rows>(num_rows, count - col, b.q, dim,
-                                         KeyColumns<T>{b.k_tile + col, next.keys}, dim,
+                                         KeyColumns<T>{columns + col, next.keys}, dim,
                                          b.weights + col, kTileKeys);
     }
     for (std::int64_t row = 0; row < num_rows; ++row) update_row(p, b, row, b.row_seen[row]);

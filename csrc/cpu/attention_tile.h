@@ -90,16 +90,16 @@ inline void multiply_panel(std::int64_t num_rows, std::int64_t num_cols, const f
 #if defined(FULLBEAM_ISA_portable)
 constexpr int kTransposed = 8;
 template <class T>
-inline void transpose(const T* const* rows, std::int64_t begin, float* out, std::int64_t stride) {
+inline void transpose(const T* const* rows, std::int64_t begin, T* out, std::int64_t stride) {
   for (int r = 0; r < 8; ++r) {
-    for (int j = 0; j < 8; ++j) out[j * stride + r] = to_float(rows[r][begin + j]);
+    for (int j = 0; j < 8; ++j) out[j * stride + r] = rows[r][begin + j];
   }
 }
 #else
 constexpr int kTransposed = 16;
-// Values of 16 bits change places before they are widened: half the shuffles.
 template <class T>
-inline void transpose(const T* const* rows, std::int64_t begin, float* out, std::int64_t stride) {
+FULLBEAM_INLINE void transpose(const T* const* rows, std::int64_t begin, T* out,
+                               std::int64_t stride) {
   static_assert(sizeof(T) == 2);
   __m256i a[8], b[8];
   for (int r = 0; r < 8; ++r)
@@ -117,11 +117,13 @@ inline void transpose(const T* const* rows, std::int64_t begin, float* out, std:
   for (int r = 0; r < 4; ++r) {  // all eight: columns 2 r and 2 r + 1
     const __m256i even = _mm256_unpacklo_epi64(a[r], a[r + 4]),
                   odd = _mm256_unpackhi_epi64(a[r], a[r + 4]);
-    float* column = out + 2 * r * stride;
-    _mm256_storeu_ps(column, widen_8<T>(_mm256_castsi256_si128(even)));
-    _mm256_storeu_ps(column + stride, widen_8<T>(_mm256_castsi256_si128(odd)));
-    _mm256_storeu_ps(column + 8 * stride, widen_8<T>(_mm256_extracti128_si256(even, 1)));
-    _mm256_storeu_ps(column + 9 * stride, widen_8<T>(_mm256_extracti128_si256(odd, 1)));
+    const auto store_column = [&](int column, __m128i values) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (2 * r + column) * stride), values);
+    };
+    store_column(0, _mm256_castsi256_si128(even));
+    store_column(1, _mm256_castsi256_si128(odd));
+    store_column(8, _mm256_extracti128_si256(even, 1));
+    store_column(9, _mm256_extracti128_si256(odd, 1));
   }
 }
 template <>

@@ -218,20 +218,6 @@ inline F32 where_bit(F32 value, const std::uint32_t* words, int bit) {
 
 #endif
 
-#if !defined(FULLBEAM_ISA_portable)
-// Eight 16-bit values as floats.
-template <class T>
-inline __m256 widen_8(__m128i bits);
-template <>
-[[maybe_unused]] inline __m256 widen_8<Half>(__m128i bits) {
-  return _mm256_cvtph_ps(bits);
-}
-template <>
-[[maybe_unused]] inline __m256 widen_8<BFloat>(__m128i bits) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-#endif
-
 // Lanes are added in one fixed order, by halves.
 #if defined(FULLBEAM_ISA_portable)
 inline float reduce_add(F32 a) { return (a[0] + a[2]) + (a[1] + a[3]); }
