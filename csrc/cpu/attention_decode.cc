@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of one query token per sequence, or of the live beams of a search; mapping and
 // arithmetic are in attention.h, the same as prefill's. A tile of slots is a word of `visible`.
-// Cost: the beams of a search read its prompt once for every kMaxRows of their query rows. A tile's
-// values meet runs of tokens that see the same slots, and those slots only: what a slot holds that
-// a row doesn't see, NaN included, never reaches the row.
+// Cost: the beams of a search, and sequences whose page tables begin alike, read what they share
+// once for every kMaxRows of their query rows. A tile's values meet runs of tokens that see the
+// same slots, and those slots only: what a slot holds that a row doesn't see, NaN included, never
+// reaches the row.
 #include "ops/attention_decode.h"
 
 #include "cpu/attention.h"
