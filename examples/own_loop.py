@@ -31,6 +31,7 @@ class Job:
     arrives_at: float  # in seconds of the loop's clock, as are the others
     deadline: float
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)  # None comes last
+    prompt_ids: list[int] | None = None
     state: str = "held"
     started_at: float | None = None
     first_text_at: float | None = None
@@ -79,7 +80,9 @@ class Loop:
                 if not self.engine.step() and coming:  # nothing is held or running either
                     self.sleep(max(0.0, coming[0].arrives_at - self.clock()))
         finally:
-            self.engine.close()  # whatever happened: no client waits for ever
+            self.engine.close()  # whatever happened, no client waits for ever
+            for job in [*self.held, *coming]:
+                self.refuse(job)
 
     def drop_late(self, now):
         for job in [*self.held, *self.running]:
@@ -100,31 +103,34 @@ class Loop:
 
     def accept(self, job):
         if self.stops_at < float("inf") or len(self.held) >= self.max_held:
-            job.state = "refused"
-            self.end(job)
+            self.refuse(job)
         else:
+            job.prompt_ids = self.engine.tokenizer.encode(job.prompt)
             self.held.append(job)
+
+    def refuse(self, job):
+        job.state = "refused"
+        self.end(job)
 
     def admit(self):
         """Submit held jobs, in order, for as long as there is room."""
         while self.held:
             job, params = self.held[0], self.held[0].params
-            ids = self.engine.tokenizer.encode(job.prompt)
             num_rows = params.width or params.num_candidates
-            job.num_pages = -(-len(ids) // self.page_size)
+            job.num_pages = -(-len(job.prompt_ids) // self.page_size)
             job.num_pages += num_rows * (-(-(params.max_tokens or 16) // self.page_size) + 1)
             has_room = num_rows <= self.free_rows and job.num_pages <= self.free_pages
             if not has_room and self.running:
                 return
             self.held.popleft()  # an empty engine serves what is too large bit by bit, or refuses
-            self.submit(job, ids)
+            self.submit(job)
             self.free_rows -= num_rows
             self.free_pages -= job.num_pages
 
-    def submit(self, job, ids):
+    def submit(self, job):
         job.state, job.started_at = "running", self.clock()
         self.running.add(job)
-        on_event = partial(self.on_event, job)
+        ids, on_event = job.prompt_ids, partial(self.on_event, job)
         try:
             job.request = self.engine.submit(ids, job.params, on_event=on_event, stream=True)
         except ValueError as error:

@@ -195,6 +195,19 @@ def test_an_engine_at_fault_leaves_no_client_waiting(example: Any) -> None:
         texts(each)  # ends
 
 
+def test_a_loop_that_fails_leaves_no_client_waiting(
+    example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [job(example, "ab", n=MAX_ROWS), job(example, "ab"), job(example, "ab", at=100.0)]
+    engine = TimedEngine(num_pages=40)
+    monkeypatch.setattr(engine, "step", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        loop_over(example, engine).run(jobs)
+    assert [each.state for each in jobs] == ["failed", "refused", "refused"]
+    for each in jobs:
+        texts(each)  # ends
+
+
 def test_the_command_prints_a_table() -> None:
     try:
         resolve(None)
