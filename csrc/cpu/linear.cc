@@ -17,8 +17,9 @@
 namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
-constexpr std::int64_t kBlockTokens = 64;    // their activations stay in L2
-constexpr std::int64_t kQuantiseTokens = 8;  // a divisor of kBlockTokens
+constexpr std::int64_t kBlockTokens = 64;        // a multiple of kMaxTurn
+constexpr std::int64_t kChunkBytes = 512 << 10;  // of weights, in L2 beside a turn's activations
+constexpr std::int64_t kQuantiseTokens = 8;      // a divisor of kBlockTokens
 // Bytes of weights from use to prefetch, into L2: L1 has too few misses in flight to keep the
 // memory busy while products run. Measured on Zen 4 (weights in memory, 2 threads), time against
 // no prefetch: 0.75-0.88 at 1 token and 0.50-0.71 at 8; into L1 0.84-0.96 and 0.62-0.74.
@@ -229,17 +230,10 @@ void few_tokens(const std::uint8_t* panel, const Activations& a, std::int64_t be
 template <int kBits, ScaleKind kScales>
 void quantised_panel(const std::uint8_t* panel, const Activations& a, std::int64_t begin,
                      std::int64_t count, F32 (*out)[kParts]) {
-  if constexpr (!kUnpacksAgain) {
-    if (count > kMaxTokens)
-      return some_tokens<kBits, kScales, 0>(panel, a, begin, count, kAhead, out);
-  }
-  // In turns of about the same number of tokens.
-  const std::int64_t num_turns = (count + kMaxTokens - 1) / kMaxTokens;
-  for (std::int64_t turn = 0; turn < num_turns; ++turn) {
-    const std::int64_t first = count * turn / num_turns, end = count * (turn + 1) / num_turns;
-    few_tokens<kBits, kScales>(panel, a, begin + first, end - first, turn == 0 ? kAhead : 0,
-                               out + first);
-  }
+  const std::int64_t ahead = begin == 0 ? kAhead : 0;
+  if (count <= kMaxTokens) return few_tokens<kBits, kScales>(panel, a, begin, count, ahead, out);
+  if constexpr (kMaxTurn > kMaxTokens)
+    some_tokens<kBits, kScales, 0>(panel, a, begin, count, ahead, out);
 }
 
 // Float weights and float activations: sums over even and odd columns apart, joined at the end.
@@ -333,6 +327,28 @@ void write_panel(const LinearParams& p, const WeightSegment& segment, std::int64
   }
 }
 
+// Panels [begin_panel, end_panel) against all tokens; those of a block take turns, in about equal
+// numbers.
+void some_panels(const LinearParams& p, const Activations& a, std::int64_t begin_panel,
+                 std::int64_t end_panel) {
+  F32 acc[kMaxTurn][kParts];
+  for (std::int64_t block = 0; block < p.num_tokens; block += kBlockTokens) {
+    const std::int64_t count = a.block_count(block);
+    const std::int64_t num_turns = (count + kMaxTurn - 1) / kMaxTurn;
+    for (std::int64_t turn = 0; turn < num_turns; ++turn) {
+      const std::int64_t begin = block + count * turn / num_turns;
+      const std::int64_t size = block + count * (turn + 1) / num_turns - begin;
+      std::int64_t s = 0;
+      for (std::int64_t i = begin_panel; i < end_panel; ++i) {
+        while (i >= p.segments[s].panel_begin + p.segments[s].num_panels) ++s;
+        const WeightSegment& segment = p.segments[s];
+        one_panel(p, segment, i - segment.panel_begin, a, begin, size, acc);
+        write_panel(p, segment, i - segment.panel_begin, begin, size, acc);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void linear(const LinearParams& p) {
@@ -342,30 +358,21 @@ void linear(const LinearParams& p) {
   const std::int64_t num_tiles = any_quantised ? p.cols / kTileCols : 0;
   const Activations a(scratch(Activations::bytes(num_tiles, p.num_tokens)), num_tiles,
                       p.num_tokens);
-  // Small enough chunks that the threads end together; a block's activations serve all panels of a
-  // chunk from L2.
+  // Chunks small enough that the threads end together, and to stay in L2 while token after token
+  // meets them; up to 16 panels, whose results are neighbours in memory.
   const int num_threads = p.num_panels > 1 ? fullbeam::num_threads() : 1;
   const std::int64_t fair = p.num_panels / (8 * num_threads);
-  Chunks chunks(p.num_panels, fair < 1 ? 1 : fair < 16 ? fair : 16, num_threads);
+  const std::int64_t fitting = kChunkBytes / (p.segments[0].panel_bytes + 1);
+  const std::int64_t most = fair < fitting ? fair : fitting;
+  Chunks chunks(p.num_panels, most < 1 ? 1 : most < 16 ? most : 16, num_threads);
   Barrier quantised(num_threads);
   const auto share = [&](int thread_idx, int) {
     if (any_quantised) {
       quantise_share(p, a, thread_idx, num_threads);
       quantised.wait();
     }
-    chunks.run(thread_idx, [&](std::int64_t begin_panel, std::int64_t end_panel) {
-      F32 acc[kBlockTokens][kParts];
-      for (std::int64_t begin = 0; begin < p.num_tokens; begin += kBlockTokens) {
-        const std::int64_t count = a.block_count(begin);
-        std::int64_t s = 0;
-        for (std::int64_t panel = begin_panel; panel < end_panel; ++panel) {
-          while (panel >= p.segments[s].panel_begin + p.segments[s].num_panels) ++s;
-          const WeightSegment& segment = p.segments[s];
-          one_panel(p, segment, panel - segment.panel_begin, a, begin, count, acc);
-          write_panel(p, segment, panel - segment.panel_begin, begin, count, acc);
-        }
-      }
-    });
+    chunks.run(thread_idx,
+               [&](std::int64_t begin, std::int64_t end) { some_panels(p, a, begin, end); });
   };
   if (num_threads == 1) {
     share(0, 1);

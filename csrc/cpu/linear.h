@@ -35,9 +35,9 @@ inline void write_offsets(std::int32_t* p, std::int64_t stride, std::int32_t fir
 
 using I32 = __m512i;
 constexpr int kMaxTokens = 8;
-// Whether a tile is unpacked for every kMaxTokens tokens, on pipes that the products leave free,
-// rather than once for all.
-constexpr bool kUnpacksAgain = true;
+// Tokens that meet the panels of a chunk in one turn. Here a tile is unpacked for them alone, on
+// pipes that the products leave free; elsewhere that takes too long.
+constexpr int kMaxTurn = 8;
 
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
 // Rounded to the nearest whole number, which int8 holds; returns their sum.
@@ -140,7 +140,7 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
 
 using I32 = __m256i;
 constexpr int kMaxTokens = 4;
-constexpr bool kUnpacksAgain = false;
+constexpr int kMaxTurn = 64;
 
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
 inline std::int32_t store_i8(std::int8_t* p, F32 a) {
@@ -269,7 +269,7 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
 #else
 
 constexpr int kMaxTokens = 2;
-constexpr bool kUnpacksAgain = false;
+constexpr int kMaxTurn = 64;
 
 inline F32 to_f32(I32 a) { return __builtin_convertvector(a, F32); }
 inline std::int32_t store_i8(std::int8_t* p, F32 a) {
