@@ -328,13 +328,14 @@ void write_panel(const LinearParams& p, const WeightSegment& segment, std::int64
 }
 
 // Panels [begin_panel, end_panel) against all tokens; those of a block take turns, in about equal
-// numbers.
+// numbers, of which two whose sums stay in registers beat a longer one.
 void some_panels(const LinearParams& p, const Activations& a, std::int64_t begin_panel,
                  std::int64_t end_panel) {
   F32 acc[kMaxTurn][kParts];
   for (std::int64_t block = 0; block < p.num_tokens; block += kBlockTokens) {
     const std::int64_t count = a.block_count(block);
-    const std::int64_t num_turns = (count + kMaxTurn - 1) / kMaxTurn;
+    const std::int64_t most = count <= 2 * kMaxTokens ? kMaxTokens : kMaxTurn;
+    const std::int64_t num_turns = (count + most - 1) / most;
     for (std::int64_t turn = 0; turn < num_turns; ++turn) {
       const std::int64_t begin = block + count * turn / num_turns;
       const std::int64_t size = block + count * (turn + 1) / num_turns - begin;
