@@ -130,14 +130,14 @@ inline void update_row(const AttentionPrefillParams& p, const AttentionBlock& b,
   const float maximum = reduce_max(largest);
   if (maximum > b.maxima[row] + kSlack) {
     float lanes[kLanes];
-    store(lanes, exp2_negative(set1(b.maxima[row] - maximum)));
+    store(lanes, exp2(set1(b.maxima[row] - maximum)));
     shrink_row(p, b, row, lanes[0]);
     b.sums[row] *= lanes[0];
     b.maxima[row] = maximum;
   }
   F32 sums = set1(0.0f);
   for (int i = 0; i < kTileKeys; i += kLanes) {
-    const F32 weight = exp2_negative(sub(load(weights + i), set1(b.maxima[row])));
+    const F32 weight = exp2(sub(load(weights + i), set1(b.maxima[row])));
     store(weights + i, weight);
     sums = add(sums, weight);
   }
@@ -154,7 +154,7 @@ FULLBEAM_INLINE F32 weigh_keys(float* weights, int i, F32 maximum) {
   } else {
     F32 sum = set1(0.0f);
     for (; i < kTileKeys; i += kStep) {
-      const F32 weight = exp2_negative(sub(load(weights + i * kMaxRows), maximum));
+      const F32 weight = exp2(sub(load(weights + i * kMaxRows), maximum));
       store(weights + i * kMaxRows, weight);
       sum = add(sum, weight);
     }
@@ -185,7 +185,7 @@ inline void update_rows(const AttentionPrefillParams& p, const AttentionBlock& b
     for (int i = 0; i < kLanes; ++i) {
       if (!(maxima[i] > b.maxima[row + i] + kSlack)) maxima[i] = b.maxima[row + i];
     }
-    store(shrinks, exp2_negative(sub(load(b.maxima + row), load(maxima))));
+    store(shrinks, exp2(sub(load(b.maxima + row), load(maxima))));
     for (std::int64_t i = 0; i < num_rows; ++i) {
       if (maxima[i] != b.maxima[row + i]) shrink_row(p, b, row + i, shrinks[i]);
     }

@@ -142,7 +142,7 @@ inline ScannedRow scan(const float* row, std::int64_t size, float* block_max, fl
 
 // The softmax weight e^((x - top) / temperature); `rate` is log2(e) / temperature.
 inline F32 weight_of(F32 x, float top, float rate) {
-  return exp2_negative(mul(sub(x, set1(top)), set1(rate)));
+  return exp2(mul(sub(x, set1(top)), set1(rate)));
 }
 
 // The sum of the weights of a block: 16 partial sums whatever the register's width.

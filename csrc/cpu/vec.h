@@ -268,8 +268,8 @@ inline F32 exp(F32 x) {
   return zero_below(times_exp2(p, n), x, floor_x);
 }
 
-// 2^y for y <= 0 within 3 ulp; 0 below -126, and for NaN. Half the steps of exp.
-inline F32 exp2_negative(F32 y) {
+// 2^y for y < 127 within 3 ulp; 0 below -126, and for NaN. Half the steps of exp.
+inline F32 exp2(F32 y) {
   const F32 capped = max(y, set1(-126.0f));
   const F32 n = round(capped);
   const F32 r = sub(capped, n);
