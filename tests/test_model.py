@@ -335,6 +335,10 @@ def test_cuda_needs_a_torch_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_core, "num_cuda_devices", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert why_no_cuda() == f"torch {torch.__version__} has no CUDA: install a build of it that has"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    assert why_no_cuda() == "T4 has compute capability 7.5, below 8.0"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert why_no_cuda().endswith('pip install "fullbeam[cuda]"')
 

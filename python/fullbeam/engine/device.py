@@ -296,4 +296,7 @@ def why_no_cuda() -> str:
 
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} has no CUDA: install a build of it that has"
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        major, minor = capability
+        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, below 8.0"
     return ""
