@@ -203,10 +203,12 @@ inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 inline F32 round(F32 a) { return (a + set1(12582912.0f)) - set1(12582912.0f); }
 inline bool has_nan(F32 a) { return a[0] != a[0] || a[1] != a[1] || a[2] != a[2] || a[3] != a[3]; }
 inline F32 times_exp2(F32 a, F32 n) {
-  I32 bits;
-  std::memcpy(&bits, &a, 16);
-  bits += __builtin_convertvector(n, I32) * (1 << 23);
-  std::memcpy(&a, &bits, 16);
+  std::uint32_t
+      bits[4];  // without signs, since n may be far out of range where the result is not used
+  std::memcpy(bits, &a, 16);
+  const I32 exponents = __builtin_convertvector(n, I32);
+  for (int i = 0; i < 4; ++i) bits[i] += static_cast<std::uint32_t>(exponents[i]) << 23;
+  std::memcpy(&a, bits, 16);
   return a;
 }
 inline F32 zero_below(F32 value, F32 x, F32 bound) { return x >= bound ? value : set1(0.0f); }
