@@ -155,6 +155,24 @@ def test_half_precision_is_near_float32(path: Path, backend: str, dtype: str) ->
     assert np.abs(got - right).mean() < (0.1 if dtype == "bfloat16" else 0.02)
 
 
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+def test_only_choices_from_the_models_own_rows_are_kept(backend: str) -> None:
+    """A gathered copy of rows lives for one call: what is kept of it would fill the memory."""
+    from fullbeam.engine.cuda import CudaDevice
+
+    device = CudaDevice("cuda" if backend == "cuda" else "cpu", dtype="float32")
+    options = {"token_ids": np.array([3, 5], np.int32)}
+    with device.active():
+        rows = device.zeros((4, 40), "float32")
+        for level in range(3):
+            rows[:] = torch.arange(40) * (level + 1.0)
+            for logits, num_kept in ((rows[[1, 0]], min(level, 1)), (rows[:2], 1)):
+                found = device.select(ops.logprobs, logits, options, num_top=1).read()
+                logprobs = torch.log_softmax(logits.cpu(), 1)[[0, 1], [3, 5]]
+                assert found[0] == pytest.approx(logprobs.numpy(), rel=1e-5)
+                assert len(device._selections) == num_kept
+
+
 def test_a_full_gpu_says_what_to_lower() -> None:
     from fullbeam.engine.cuda import CudaDevice
 

@@ -122,15 +122,7 @@ class CudaDevice:
     ) -> Results:
         arrays = {name: value for name, value in options.items() if value is not None}
         shapes = {name: (_room(name, array), array.dtype.name) for name, array in arrays.items()}
-        key = (op, logits.data_ptr(), logits.shape, *shapes.items(), *more.items())
-        selection = self._selections.get(key)
-        if selection is None:
-            selection = self._selections[key] = _Selection(self, op, logits, shapes, more)
-            if len(self._selections) > MAX_PROGRAMS:
-                self._selections.popitem(last=False)
-        else:
-            self._selections.move_to_end(key)
-        results = selection.run(arrays)
+        results = self._selection(op, logits, shapes, more).run(arrays)
         copies = [None if r is None else r.to("cpu", non_blocking=True) for r in results]
         done = None if self._stream is None else self._stream.record_event()
 
@@ -140,6 +132,25 @@ class CudaDevice:
             return tuple(None if copy is None else copy.numpy() for copy in copies)
 
         return Results(results, read)
+
+    def _selection(
+        self,
+        op: Callable[..., tuple[Array, ...]],
+        logits: Array,
+        shapes: Mapping[str, tuple[tuple[int, ...], str]],
+        more: Mapping[str, Any],
+    ) -> _Selection:
+        if not logits._is_view():  # gathered for this once: keeping it would keep its memory
+            return _Selection(self, op, logits, shapes, more)
+        key = (op, logits.data_ptr(), logits.shape, *shapes.items(), *more.items())
+        selection = self._selections.get(key)
+        if selection is None:
+            selection = self._selections[key] = _Selection(self, op, logits, shapes, more)
+            if len(self._selections) > MAX_PROGRAMS:
+                self._selections.popitem(last=False)
+        else:
+            self._selections.move_to_end(key)
+        return selection
 
     def available_bytes(self) -> int:
         if self._is_gpu:
