@@ -53,7 +53,7 @@ constexpr Block block_of(WeightType type) {
 
 // What is packed at a time, so that threads share even one matrix, and what has been read can be
 // let go of.
-constexpr std::int64_t kStretchBytes = 2 << 20;
+constexpr std::int64_t kStretchBytes = 1 << 20;
 
 constexpr WeightType kTypes[] = {WeightType::f32,  WeightType::f16,  WeightType::bf16,
                                  WeightType::q8_0, WeightType::q4_0, WeightType::q4_1,

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import queue
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,9 +18,11 @@ from fullbeam.engine.memory import PAGE_SIZE, plan_kv, return_free_memory
 from fullbeam.engine.sequence import Event, Request
 from fullbeam.engine.text import Piece, Tokenizer
 from fullbeam.params import CompletionParams
-from fullbeam.results import Completion, Score, Tally, Usage, as_choice
+from fullbeam.results import Completion, Score, as_choice
+from fullbeam.stream import Call, CompletionStream
 
-_SHORT = 8192  # characters that are cut into tokens within a millisecond or two
+if TYPE_CHECKING:
+    from fullbeam.async_stream import AsyncCompletionStream
 
 Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | None
 
@@ -160,6 +160,8 @@ class Model:
         self, prompt: Prompt = None, *, params: CompletionParams | None = None, **fields: Any
     ) -> Completion:
         """Complete like `complete`; cancelling the task stops the work."""
+        from fullbeam.async_stream import AsyncCompletionStream
+
         stream = AsyncCompletionStream(self, prompt, _params(params, fields), stream=False)
         try:
             pieces = [piece async for piece in stream]
@@ -171,6 +173,8 @@ class Model:
         self, prompt: Prompt = None, *, params: CompletionParams | None = None, **fields: Any
     ) -> AsyncCompletionStream:
         """Return an asynchronous iterator over pieces; to be called inside a running event loop."""
+        from fullbeam.async_stream import AsyncCompletionStream
+
         return AsyncCompletionStream(self, prompt, _params(params, fields), stream=True)
 
     def score(self, prompt: Prompt) -> Score | list[Score]:
@@ -234,173 +238,6 @@ class Model:
         return requests
 
 
-class _Call:
-    """What the two streams share: the requests of a call and their counts."""
-
-    requests: Sequence[Request] = ()
-
-    def __init__(self, model: Model) -> None:
-        self._model = model  # keeps the engine's thread alive
-        self._tally = Tally(0, 0)
-
-    def _begin(self, requests: Sequence[Request]) -> None:
-        self.requests = requests
-        num_prompt_tokens = sum(request.num_prompt_tokens for request in requests)
-        self._tally = Tally(num_prompt_tokens, len(requests))
-
-    @property
-    def usage(self) -> Usage:
-        """Token counts so far."""
-        return self._tally.usage
-
-    @property
-    def prompt_token_ids(self) -> list[list[int]]:
-        """What the model was given, for each prompt."""
-        return [request.prompt_ids.tolist() for request in self.requests]
-
-    def close(self) -> None:
-        """Stop the work that is not done yet."""
-        for request in self.requests:
-            if not request.closed:
-                self._model.engine.cancel(request)
-
-    def __del__(self) -> None:
-        """Stop the work of a stream that nobody reads any more."""
-        self.close()
-
-    def _accept(self, event: Event) -> Piece | None:
-        if isinstance(event, Exception):
-            self._tally.num_open = 0
-            self.close()
-            raise event
-        self._tally.add(event)
-        return event if isinstance(event, Piece) else None
-
-
-class CompletionStream(_Call, Iterator[Piece]):
-    """Pieces of a call as they come; leaving a `with` block stops what is not done."""
-
-    def __init__(
-        self, model: Model, prompt: Prompt, params: CompletionParams, *, stream: bool
-    ) -> None:
-        super().__init__(model)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._begin(model.submit(prompt, params, stream=stream, on_event=self._events.put))
-
-    def __next__(self) -> Piece:
-        """Wait for the next piece."""
-        while self._tally.num_open > 0:
-            try:
-                event = self._events.get()
-            except BaseException:
-                self.close()
-                raise
-            piece = self._accept(event)
-            if piece is not None:
-                return piece
-        raise StopIteration
-
-    def __enter__(self) -> CompletionStream:
-        """Return the stream itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop what is not done."""
-        self.close()
-
-
-class AsyncCompletionStream(_Call, AsyncIterator[Piece]):
-    """Pieces of a call as they come, for asyncio; cancelling the reader stops the work.
-
-    A call that takes long to queue is queued by a thread once the first piece is awaited, so that
-    the event loop goes on.
-    """
-
-    def __init__(
-        self, model: Model, prompt: Prompt, params: CompletionParams, *, stream: bool
-    ) -> None:
-        super().__init__(model)
-        loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        put = self._events.put_nowait
-
-        def on_event(event: Event) -> None:
-            loop.call_soon_threadsafe(put, event)
-
-        def submit() -> list[Request]:
-            return model.submit(prompt, params, stream=stream, on_event=on_event)
-
-        self._submit: Callable[[], list[Request]] | None = submit
-        if not _is_slow(model.engine, prompt, params):
-            self._submit = None
-            self._begin(submit())
-
-    async def _submit_in_thread(self, submit: Callable[[], list[Request]]) -> None:
-        def drop(task: asyncio.Task[list[Request]]) -> None:
-            if not task.cancelled() and task.exception() is None:
-                for request in task.result():
-                    self._model.engine.cancel(request)
-
-        task = asyncio.ensure_future(asyncio.to_thread(submit))
-        try:
-            self._begin(await asyncio.shield(task))
-        except asyncio.CancelledError:
-            task.add_done_callback(drop)
-            raise
-
-    async def __anext__(self) -> Piece:
-        """Wait for the next piece."""
-        if self._submit is not None:
-            submit, self._submit = self._submit, None
-            await self._submit_in_thread(submit)
-        while self._tally.num_open > 0:
-            try:
-                event = await self._events.get()
-            except BaseException:
-                self.close()
-                raise
-            piece = self._accept(event)
-            if piece is not None:
-                return piece
-        raise StopAsyncIteration
-
-    def close(self) -> None:
-        """Stop the work that is not done yet, or not queued yet."""
-        self._submit = None
-        super().close()
-
-    async def aclose(self) -> None:
-        """Stop what is not done."""
-        self.close()
-
-    async def __aenter__(self) -> AsyncCompletionStream:
-        """Return the stream itself."""
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop what is not done."""
-        self.close()
-
-
-def _is_slow(engine: Engine, prompt: Prompt, params: CompletionParams) -> bool:
-    """Whether queueing a call takes milliseconds."""
-    if not engine.is_prepared and (params.is_search or params.token_healing):
-        return True
-    items = prompt if isinstance(prompt, list) else []
-    parts = [prompt, params.suffix, *items]
-    return sum(len(part) for part in parts if isinstance(part, (str, list))) > _SHORT
-
-
 def split_prompt(prompt: Prompt) -> list[str | list[int]]:
     """Return the prompts that an argument stands for; "" and None stand for one empty text."""
     if prompt is None or isinstance(prompt, str):
@@ -446,7 +283,7 @@ def _params(params: CompletionParams | None, fields: dict[str, Any]) -> Completi
     return params
 
 
-def _completion(pieces: list[Piece], call: _Call) -> Completion:
+def _completion(pieces: list[Piece], call: Call) -> Completion:
     choices = [as_choice(piece) for piece in sorted(pieces, key=lambda piece: piece.index)]
     return Completion(choices, call.usage, call.prompt_token_ids)
 

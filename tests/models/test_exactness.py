@@ -244,11 +244,13 @@ def test_gemma_prompt_longer_than_its_window_in_chunks() -> None:
 PEAK_MEMORY = """
 import sys
 import fullbeam
-with fullbeam.load(sys.argv[1]) as model:
+with fullbeam.load(sys.argv[1], threads=2) as model:
     usage = model.complete("def fibonacci(n):", max_tokens=16, ignore_eos=True).usage
     kv_bytes = usage.total_tokens * model.engine._runner._decoder.kv_bytes_per_token()
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+status = open("/proc/self/status").read()
+peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024, kv_bytes)
+print(status, open("/proc/self/smaps_rollup").read(), file=sys.stderr)
 """
 
 
@@ -259,4 +261,4 @@ def test_peak_memory_of_gemma_is_at_most_1_5_times_file_and_kv() -> None:
     command = [sys.executable, "-c", PEAK_MEMORY, str(path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     peak, kv_bytes = map(int, done.stdout.split())
-    assert peak <= 1.5 * (path.stat().st_size + kv_bytes)
+    assert peak <= 1.5 * (path.stat().st_size + kv_bytes), done.stderr

@@ -10,9 +10,9 @@ from collections import Counter
 import httpx
 
 from benchmarks.soak import soak
+from fullbeam.async_stream import AsyncCompletionStream
 from fullbeam.engine.pages import PageTable
 from fullbeam.engine.sequence import Request, Row, Sequence
-from fullbeam.model import AsyncCompletionStream
 from fullbeam.server.record import Record
 from server_harness import Running, running, wait_until
 

@@ -58,6 +58,7 @@ def open_model(
     """
     from fullbeam import _core
     from fullbeam.engine.device import CpuDevice
+    from fullbeam.engine.memory import return_free_memory
     from fullbeam.models.decoder import Decoder
     from fullbeam.models.families import read_config
     from fullbeam.models.gguf import GgufFile
@@ -90,6 +91,7 @@ def open_model(
             from fullbeam.models.tokenizer_json import read_tokenizer
 
             tokenizer = read_tokenizer(path, config.vocab_size)
+        return_free_memory()
         while not packing.wait(_REPORT_S):
             packed(0)
         decoder = Decoder(config, weights, device=device)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from fullbeam.engine.memory import return_free_memory
 from fullbeam.models.catalog import cache_folder
 from fullbeam.models.gguf import GgufFile, GgufStrings
 from fullbeam.models.pretokenizers import PRETOKENIZERS, Pretokenizer
@@ -83,6 +82,9 @@ class Tokenizer:
         ValueError
             Where the vocabulary is absent, inconsistent, or of a kind that is not supported.
         """
+        # Modules made among the vocabulary's texts would keep the memory of those from going.
+        import tokenizers  # noqa: F401
+
         kind = file.get("tokenizer.ggml.model", str)
         if kind not in ("gpt2", "llama"):
             raise ValueError(
@@ -104,7 +106,6 @@ class Tokenizer:
                 f"{file.path}: metadata must have tokenizer.ggml.bos_token_id, which is absent"
             )
         add_bos = default_bos if add_bos is None else add_bos
-        return_free_memory()
         return cls(
             vocabulary,
             backend,

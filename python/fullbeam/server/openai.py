@@ -21,8 +21,9 @@ from fullbeam.server.openai_fields import Call, from_value_error, read_call
 from fullbeam.server.stream import DONE, ClientGone, EventStream, event, until_disconnect
 
 if TYPE_CHECKING:
+    from fullbeam.async_stream import AsyncCompletionStream
     from fullbeam.engine.text import Logprobs, Piece, RankedLogprob
-    from fullbeam.model import AsyncCompletionStream, Model
+    from fullbeam.model import Model
     from fullbeam.results import Choice, Completion, Usage
     from fullbeam.server.service import Service
 
