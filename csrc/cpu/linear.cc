@@ -17,9 +17,7 @@
 namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
-constexpr std::int64_t kBlockTokens = 64;        // a multiple of kMaxTurn
 constexpr std::int64_t kChunkBytes = 512 << 10;  // of weights, in L2 beside a turn's activations
-constexpr std::int64_t kQuantiseTokens = 8;      // a divisor of kBlockTokens
 // Bytes of weights from use to prefetch, into L2: L1 has too few misses in flight to keep the
 // memory busy while products run. Measured on Zen 4 (weights in memory, 2 threads), time against
 // no prefetch: 0.75-0.88 at 1 token and 0.50-0.71 at 8; into L1 0.84-0.96 and 0.62-0.74.
@@ -28,33 +26,37 @@ constexpr std::int64_t kAhead = 8192;
 // Q5_0, Q6_K and Q8_0 0.94-1.17.
 constexpr std::int64_t kAhead4 = 2304;
 
-// Quantised activations, by blocks of kBlockTokens tokens and, inside a block, by tiles: what a
-// panel meets lies in the order of its tiles.
+// Quantised activations, by the turns in which tokens meet the panels and, inside a turn, by tiles:
+// what a panel meets lies together, in the order of its tiles. Turns are about equally long, as two
+// whose sums stay in registers beat a longer and a shorter one.
 struct Activations {
   std::int8_t* values;    // 32 at each place
   float* scales;          // one at each place
   float* scaled_sums;     // scale * sum of the 32 values
   std::int32_t* offsets;  // kNumOffsets arrays, one value at each place
-  std::int64_t num_tiles, num_tokens;
+  std::int64_t num_tiles, num_tokens, turn_tokens;
 
   static std::int64_t bytes(std::int64_t num_tiles, std::int64_t num_tokens) {
     return num_tiles * num_tokens * (kTileCols + 4 + 4 + 4 * kNumOffsets) + 256;
   }
   Activations(void* memory, std::int64_t tiles, std::int64_t tokens)
       : num_tiles(tiles), num_tokens(tokens) {
+    const std::int64_t most = tokens <= 2 * kMaxTokens ? kMaxTokens : kMaxTurn;
+    const std::int64_t num_turns = (tokens + most - 1) / most;
+    turn_tokens = tokens > 0 ? (tokens + num_turns - 1) / num_turns : 1;
     values = static_cast<std::int8_t*>(memory);
     offsets = reinterpret_cast<std::int32_t*>(values + num_places() * kTileCols);
     scales = reinterpret_cast<float*>(offsets + num_places() * kNumOffsets);
     scaled_sums = scales + num_places();
   }
   std::int64_t num_places() const { return num_tiles * num_tokens; }
-  // Tokens of the block that begins at token `begin`.
-  std::int64_t block_count(std::int64_t begin) const {
-    return num_tokens - begin < kBlockTokens ? num_tokens - begin : kBlockTokens;
+  // Tokens of the turn that begins at token `begin`.
+  std::int64_t turn_count(std::int64_t begin) const {
+    return num_tokens - begin < turn_tokens ? num_tokens - begin : turn_tokens;
   }
-  std::int64_t place(std::int64_t token, std::int64_t tile) const {
-    const std::int64_t begin = token / kBlockTokens * kBlockTokens;
-    return begin * num_tiles + tile * block_count(begin) + (token - begin);
+  // Of the first token of a turn; those of the others follow.
+  std::int64_t place(std::int64_t begin, std::int64_t tile) const {
+    return begin * num_tiles + tile * turn_count(begin);
   }
 };
 
@@ -80,30 +82,30 @@ FULLBEAM_INLINE void quantise_tile(const float* x, const Activations& a, std::in
   a.scaled_sums[at] = scale * static_cast<float>(sums[0] + sums[1]);
 }
 
-// Tiles [begin, end) of up to kQuantiseTokens tokens: what lies together is written together.
-void quantise_tiles(const LinearParams& p, std::int64_t token, std::int64_t begin, std::int64_t end,
-                    const Activations& a) {
-  const std::int64_t left = p.num_tokens - token;
-  const std::int64_t end_token = token + (left < kQuantiseTokens ? left : kQuantiseTokens);
+// Tiles [begin, end) of the tokens of a turn: what lies together is written together.
+void quantise_tiles(const LinearParams& p, std::int64_t first_token, std::int64_t begin,
+                    std::int64_t end, const Activations& a) {
+  const std::int64_t count = a.turn_count(first_token);
   for (std::int64_t tile = begin; tile < end; ++tile) {
-    const std::int64_t at = a.place(token, tile);
-    for (std::int64_t t = token; t < end_token; ++t) {
-      const float* x = p.x + t * p.x_stride + tile * kTileCols;
+    const std::int64_t at = a.place(first_token, tile);
+    for (std::int64_t t = 0; t < count; ++t) {
+      const float* x = p.x + (first_token + t) * p.x_stride + tile * kTileCols;
       __builtin_prefetch(x + 4 * kTileCols);  // so short a piece of a row starts no hardware's
       __builtin_prefetch(x + 4 * kTileCols + 16);
-      quantise_tile(x, a, at + t - token);
+      quantise_tile(x, a, at + t);
     }
   }
 }
 
 // A thread's share of the tiles of all tokens.
 void quantise_share(const LinearParams& p, const Activations& a, int thread_idx, int num_threads) {
-  const std::int64_t count = (p.num_tokens + kQuantiseTokens - 1) / kQuantiseTokens * a.num_tiles;
+  const std::int64_t num_turns = (p.num_tokens + a.turn_tokens - 1) / a.turn_tokens;
+  const std::int64_t count = num_turns * a.num_tiles;
   const std::int64_t end = count * (thread_idx + 1) / num_threads;
   for (std::int64_t i = count * thread_idx / num_threads; i < end;) {
-    const std::int64_t group = i / a.num_tiles, tile = i % a.num_tiles;
+    const std::int64_t turn = i / a.num_tiles, tile = i % a.num_tiles;
     const std::int64_t rest = a.num_tiles - tile < end - i ? a.num_tiles - tile : end - i;
-    quantise_tiles(p, group * kQuantiseTokens, tile, tile + rest, a);
+    quantise_tiles(p, turn * a.turn_tokens, tile, tile + rest, a);
     i += rest;
   }
 }
@@ -164,7 +166,7 @@ FULLBEAM_INLINE void add_tile(const Tile<kBits>& tile, const TileScales<kScales>
   }
 }
 
-// One panel of 16 rows against tokens [begin, begin + count) of one block, sums left in `out`.
+// One panel of 16 rows against a turn's tokens [begin, begin + count), sums left in `out`.
 // kFew: the count where the sums stay in registers meanwhile, else 0.
 template <int kBits, ScaleKind kScales, int kFew>
 __attribute__((noinline)) void some_tokens(const std::uint8_t* p, const Activations& a,
@@ -327,25 +329,18 @@ void write_panel(const LinearParams& p, const WeightSegment& segment, std::int64
   }
 }
 
-// Panels [begin_panel, end_panel) against all tokens; those of a block take turns, in about equal
-// numbers, of which two whose sums stay in registers beat a longer one.
+// Panels [begin_panel, end_panel) against all tokens, turn by turn.
 void some_panels(const LinearParams& p, const Activations& a, std::int64_t begin_panel,
                  std::int64_t end_panel) {
   F32 acc[kMaxTurn][kParts];
-  for (std::int64_t block = 0; block < p.num_tokens; block += kBlockTokens) {
-    const std::int64_t count = a.block_count(block);
-    const std::int64_t most = count <= 2 * kMaxTokens ? kMaxTokens : kMaxTurn;
-    const std::int64_t num_turns = (count + most - 1) / most;
-    for (std::int64_t turn = 0; turn < num_turns; ++turn) {
-      const std::int64_t begin = block + count * turn / num_turns;
-      const std::int64_t size = block + count * (turn + 1) / num_turns - begin;
-      std::int64_t s = 0;
-      for (std::int64_t i = begin_panel; i < end_panel; ++i) {
-        while (i >= p.segments[s].panel_begin + p.segments[s].num_panels) ++s;
-        const WeightSegment& segment = p.segments[s];
-        one_panel(p, segment, i - segment.panel_begin, a, begin, size, acc);
-        write_panel(p, segment, i - segment.panel_begin, begin, size, acc);
-      }
+  for (std::int64_t begin = 0; begin < p.num_tokens; begin += a.turn_tokens) {
+    const std::int64_t count = a.turn_count(begin);
+    std::int64_t s = 0;
+    for (std::int64_t i = begin_panel; i < end_panel; ++i) {
+      while (i >= p.segments[s].panel_begin + p.segments[s].num_panels) ++s;
+      const WeightSegment& segment = p.segments[s];
+      one_panel(p, segment, i - segment.panel_begin, a, begin, count, acc);
+      write_panel(p, segment, i - segment.panel_begin, begin, count, acc);
     }
   }
 }
