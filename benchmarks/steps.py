@@ -26,7 +26,12 @@ from fullbeam.models import open_model
 from fullbeam.models.catalog import resolve
 from fullbeam.models.decoder import Decoder
 
-STEPS = {"decode-1": (1, 1, 64), "decode-8": (8, 1, 64), "prompt-512": (1, 512, 0)}
+STEPS = {
+    "decode-1": (1, 1, 64),
+    "decode-8": (8, 1, 64),
+    "decode-16": (16, 1, 64),
+    "prompt-512": (1, 512, 0),
+}
 PAGE_SIZE = 16
 CONTEXT = 1024
 COLUMNS = ["step", "op", "calls", "us", "%", "GB/s", "GOP/s", "%peak", "bound"]
