@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A matrix from its bytes in a GGUF file.
-// Mapping: a thread takes whole rows, 8 columns at a time. Cost: reads the file's bytes once,
+// Mapping: a thread takes whole rows, 16 columns at a time. Cost: reads the file's bytes once,
 // writes out; bound by the unpacking, for use at load. Numerics: d * scale first, products and sum
 // in float32, then rounded to nearest even: the same values as the packed layout's. Source:
 // core/weight_blocks.h.
@@ -12,6 +12,8 @@
 
 namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
+
+constexpr int kRun = 16;  // columns
 
 float half_of(std::uint16_t bits) {
   Half value;
@@ -40,12 +42,14 @@ void write_row(const DequantiseParams& p, const std::uint8_t* row, Out* out) {
     default:
       break;
   }
-  for (std::int64_t col = 0; col < p.cols; col += 8) {
-    const WeightRun run = read_run(p.type, row, col);
+  const int zero_point = layout_of(p.type).zero_point;
+  for (std::int64_t col = 0; col < p.cols; col += kRun) {
+    const auto run = read_run<kRun>(p.type, row, col);
     const float factor = half_of(run.d) * static_cast<float>(run.scale);
     const float offset = half_of(run.m) * static_cast<float>(run.minimum);
-    for (int i = 0; i < 8; ++i)
-      out[col + i] = from_float<Out>(factor * static_cast<float>(run.q[i]) + offset);
+    for (int i = 0; i < kRun; ++i)
+      out[col + i] =
+          from_float<Out>(factor * static_cast<float>(run.values[i] - zero_point) + offset);
   }
 }
 

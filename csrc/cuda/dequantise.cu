@@ -34,11 +34,13 @@ __global__ void __launch_bounds__(256)
   const auto count = static_cast<int>(p.cols - first < kItems ? p.cols - first : kItems);
   float items[kItems] = {};
   if (is_quantised(p.type)) {
-    const WeightRun run = read_run(p.type, from, first);
+    const int zero_point = layout_of(p.type).zero_point;
+    const auto run = read_run<kItems>(p.type, from, first);
     const float factor = half_of(run.d) * static_cast<float>(run.scale);
     const float offset = half_of(run.m) * static_cast<float>(run.minimum);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) items[i] = factor * static_cast<float>(run.q[i]) + offset;
+    for (int i = 0; i < kItems; ++i)
+      items[i] = factor * static_cast<float>(run.values[i] - zero_point) + offset;
   } else {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
