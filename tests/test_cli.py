@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 
 import fullbeam
 from fullbeam import cli
+from fullbeam.cli.complete import MAX_TOKENS
 from fullbeam.engine.text import Logprobs, Piece
 from fullbeam.params import CompletionParams
 from fullbeam.results import Completion, Usage, as_choice
@@ -100,7 +101,7 @@ def run() -> Run:
 def test_complete_streams_the_text(run: Run, model: FakeModel) -> None:
     result = run("complete", "one")
     assert (result.exit_code, result.stdout, result.stderr) == (0, " two words\n", "")
-    assert model.calls == [("one", CompletionParams(max_tokens=cli.MAX_TOKENS))]
+    assert model.calls == [("one", CompletionParams(max_tokens=MAX_TOKENS))]
     assert model.loaded["model"] is None
     assert model.is_closed
 
@@ -189,7 +190,7 @@ MODE_OPTIONS: dict[str, tuple[list[str], Any]] = {
 def test_options_reach_the_parameters(run: Run, model: FakeModel, name: str) -> None:
     words, value = OPTIONS[name]
     assert run("complete", "one", *words).exit_code == 0
-    expected = {"max_tokens": cli.MAX_TOKENS, name: value}
+    expected = {"max_tokens": MAX_TOKENS, name: value}
     assert model.calls[0][1] == CompletionParams(**expected)
 
 
@@ -202,7 +203,7 @@ def test_options_of_a_search_reach_the_parameters(run: Run, model: FakeModel, na
         fields["mode"] = "FULL_LINE"
         words += ["--mode", "FULL_LINE"]
     if "mode" not in fields:  # whose texts are short: as many tokens as the API gives
-        fields["max_tokens"] = cli.MAX_TOKENS
+        fields["max_tokens"] = MAX_TOKENS
     assert run("complete", "one", *words).exit_code == 0
     assert model.calls[0][1] == CompletionParams(**fields)
 
