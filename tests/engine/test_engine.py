@@ -11,13 +11,13 @@ import pytest
 import fake_model
 from engine_harness import Harness, prompt_logprobs
 from fullbeam import _core, ops
-from fullbeam.engine import engine as engine_module
+from fullbeam.engine import intake
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
 from fullbeam.engine.runner import Interrupted
 from fullbeam.engine.sequence import Finished, RequestCancelled
 from fullbeam.engine.sorted_tokens import SortedTokens
-from fullbeam.engine.text import Piece
+from fullbeam.engine.text import Piece, TokenNames
 from fullbeam.models.vocabulary import InfillTokens
 from fullbeam.params import CompletionParams, ContextLengthError, ParameterError
 
@@ -491,7 +491,7 @@ def test_prompt_logprobs_name_the_likeliest_tokens_and_ranks() -> None:
         assert set(found) == {ids[idx], *order[:2]}
         for token_id, entry in found.items():
             assert entry.rank == order.index(token_id) + 1
-            assert entry.decoded_token == harness.engine._names[token_id]
+            assert entry.decoded_token == TokenNames(harness.engine.tokenizer)[token_id]
         assert found[ids[idx]].logprob == values[idx]
 
 
@@ -658,7 +658,7 @@ def test_tokens_may_be_named_by_their_ids() -> None:
 
 
 def test_number_of_scored_values_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_MAX_SCORED_VALUES", 3 * fake_model.VOCAB_SIZE)
+    monkeypatch.setattr(intake, "_MAX_SCORED_VALUES", 3 * fake_model.VOCAB_SIZE)
     harness = Harness()
     harness.submit([2, 3, 4], prompt_logprobs=-1)
     harness.submit([2, 3, 4, 5], prompt_logprobs=8)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -13,37 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from fullbeam._core import Stop
-from fullbeam.engine.batch import Int32Array
 from fullbeam.engine.decoder import Choice, Selector
 from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
+from fullbeam.engine.intake import Intake
 from fullbeam.engine.pages import PagePool
-from fullbeam.engine.prompt import encode_infill, encode_prompt, heal
-from fullbeam.engine.rules import Rules, TokenIndex
+from fullbeam.engine.rules import TokenIndex
 from fullbeam.engine.runner import Decoder, Interrupted, Runner
 from fullbeam.engine.scheduler import Scheduler, Work
-from fullbeam.engine.search import Search
-from fullbeam.engine.sequence import (
-    Event,
-    Finished,
-    Request,
-    RequestCancelled,
-    Row,
-    pages_needed,
-)
+from fullbeam.engine.sequence import Event, Finished, Request, RequestCancelled, Row
 from fullbeam.engine.sequence import Sequence as TokenSequence
-from fullbeam.engine.text import Piece, Tokenizer, TokenNames
+from fullbeam.engine.text import Piece, Tokenizer
 from fullbeam.ops import Array
-from fullbeam.params import (
-    DEFAULT_MAX_TOKENS,
-    CompletionParams,
-    ContextLengthError,
-    ParameterError,
-)
+from fullbeam.params import CompletionParams
 
 _log = logging.getLogger(__name__)
-
-_MAX_SCORED_VALUES = 2**20
-"""Most log-probabilities of a prompt: so many take seconds and 300 MB as Python objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +115,14 @@ class Engine:
         self.is_prepared = False  # whether a search has nothing to wait for
         self.wake = threading.Event()  # set when there may be something to do
         self.tokenizer = tokenizer
-        self._vocab_size = decoder.config.vocab_size
-        self._names = TokenNames(tokenizer)
-        self._index = TokenIndex(tokenizer, self._vocab_size)
+        self._index = TokenIndex(tokenizer, decoder.config.vocab_size)
         self._device = decoder.device
         with self._device.active():
             kv = decoder.allocate_kv(num_pages, page_size)
+        pool = PagePool(num_pages, page_size)
+        self._intake = Intake(self._index, pool, context=context, max_rows=max_rows)
         self._scheduler = Scheduler(
-            PagePool(num_pages, page_size),
+            pool,
             copy_page=kv.copy_page,
             max_pages_per_seq=max_pages_per_seq,
             max_rows=max_rows,
@@ -207,48 +189,9 @@ class Engine:
         params = CompletionParams() if params is None else params
         if self._is_closed:
             raise RuntimeError("submit: the engine is closed")
-        self._check_ids(params)
-        token_ids, constraint = self._encode(prompt, params)
-        self._check_num_scored(len(token_ids), params)
-        max_tokens = self._num_allowed(len(token_ids), params.max_tokens)
-        if params.min_tokens > max_tokens:
-            bound = f"at most max_tokens = {max_tokens}"
-            raise ParameterError("min_tokens", bound, params.min_tokens)
-        seed = params.seed
-        if seed is None:
-            seed = int.from_bytes(os.urandom(8), "little")
-        end_ids = frozenset(params.stop_ids)
-        if not params.ignore_eos:
-            end_ids |= self.tokenizer.eos_ids
-        if params.suffix and self.tokenizer.infill is not None:
-            end_ids |= self.tokenizer.infill.end_ids
-        rules = self._rules(params, end_ids, constraint)
-        if params.is_search and max_tokens == 0:
-            raise ContextLengthError(self.context, len(token_ids), 1)
-        request = Request(
-            prompt_ids=token_ids,
-            given_text="" if prompt is None else prompt if isinstance(prompt, str) else None,
-            params=params,
-            max_tokens=max_tokens,
-            prompt_index=prompt_index,
-            seed=seed & (2**64 - 1),
-            stream=stream,
-            on_event=on_event,
-            tokenizer=self.tokenizer,
-            names=self._names,
-            end_ids=end_ids,
-            rules=rules,
-            constraint=constraint,
+        request = self._intake.request(
+            prompt, params, on_event=on_event, prompt_index=prompt_index, stream=stream
         )
-        if params.is_search and rules is not None:
-            self._check_search(request)
-            request.sequences = [Search(request, rules, self._scheduler.pool)]
-        else:
-            width = self._rows_together(request)
-            request.sequences = [
-                TokenSequence(request, range(first, min(first + width, params.num_candidates)))
-                for first in range(0, params.num_candidates, width)
-            ]
         self._post(self._enter, request)
         return request
 
@@ -357,108 +300,6 @@ class Engine:
             assert not sequence.held_pages(), "a waiting sequence holds pages"
         num_rows = sum(sequence.num_rows for sequence in scheduler.running)
         assert num_rows <= self.max_rows, "more rows run than allowed"
-
-    def _encode(
-        self, prompt: str | Sequence[int] | None, params: CompletionParams
-    ) -> tuple[Int32Array, bytes]:
-        """Return the prompt's ids, and the bytes that its continuation has to start with."""
-        constraint = params.prefix.encode()
-        if params.token_healing:
-            if prompt is not None and not isinstance(prompt, str):
-                raise ValueError("submit: token_healing must be left out: the prompt is token ids")
-            prompt, constraint = heal(prompt or "", params.prefix, self._index)
-        options: dict[str, Any] = {
-            "add_special_tokens": params.add_special_tokens,
-            "max_tokens": self._num_kept(params),
-            "whole_lines": params.truncate_prompt_tokens is None,
-        }
-        if params.suffix:
-            ids = encode_infill(self.tokenizer, self._vocab_size, prompt, params.suffix, **options)
-        else:
-            ids = encode_prompt(self.tokenizer, self._vocab_size, prompt, **options)
-        if constraint and not self._index.allowed_mask(constraint).any():
-            text = constraint.decode("utf-8", "replace")
-            raise ParameterError("prefix", "text that the tokens can spell", text)
-        return ids, constraint
-
-    def _num_kept(self, params: CompletionParams) -> int | None:
-        """Return how many tokens of the prompt to keep; None: all."""
-        wanted = DEFAULT_MAX_TOKENS if params.max_tokens is None else params.max_tokens
-        room = max(1, self.context - wanted)
-        if params.context_len is not None:
-            return min(params.context_len, room) if params.context_len > 0 else room
-        return room if params.truncate_prompt_tokens == -1 else params.truncate_prompt_tokens
-
-    def _check_search(self, request: Request) -> None:
-        pool, params = self._scheduler.pool, request.params
-        if params.width > self.max_rows:
-            bound = f"at most {self.max_rows} (max_rows) in all groups"
-            raise ParameterError("beam_size", bound, params.width)
-        num_pages = -(-request.num_prompt_tokens // pool.page_size)
-        num_pages += -(-(params.width * (request.max_tokens - 1)) // pool.page_size)
-        if num_pages > pool.num_pages:
-            num_tokens = pool.num_pages * pool.page_size - request.num_prompt_tokens
-            bound = f"such that {params.width} hypotheses fit into the {num_tokens} tokens"
-            raise ParameterError(
-                "max_tokens", f"{bound} that the prompt leaves of the KV cache", request.max_tokens
-            )
-
-    def _check_ids(self, params: CompletionParams) -> None:
-        biased_ids = tuple(token_id for token_id, _ in params.biases)
-        given = {
-            "stop_token_ids": params.stop_ids,
-            "allowed_token_ids": params.allowed_ids,
-            "logit_bias": biased_ids,
-        }
-        for field, ids in given.items():
-            if ids and max(ids) >= self._vocab_size:
-                raise ValueError(
-                    f"submit: {field} must be in 0..{self._vocab_size - 1}, got {max(ids)}"
-                )
-
-    def _check_num_scored(self, num_prompt: int, params: CompletionParams) -> None:
-        most = _MAX_SCORED_VALUES // self._vocab_size
-        if params.num_top_scored == -1 and num_prompt > most:
-            bound = f"at least 0 for a prompt of more than {most} tokens"
-            raise ParameterError("prompt_logprobs", bound, -1)
-
-    def _rules(
-        self, params: CompletionParams, end_ids: frozenset[int], constraint: bytes
-    ) -> Rules | None:
-        """Return what the text is held to; None where tokens are drawn freely."""
-        rules = Rules(
-            self._index,
-            end_ids=end_ids,
-            mode=params.mode,
-            # Drawn text is searched for them as it comes: no rule is needed.
-            stop_strings=params.stop_strings if params.is_search else (),
-            bad_words=params.bad_strings,
-            allowed_ids=frozenset(params.allowed_ids),
-            min_tokens=params.min_tokens,
-            constraint=constraint,
-        )
-        return rules if params.is_search or not rules.is_trivial else None
-
-    def _num_allowed(self, num_prompt: int, max_tokens: int | None) -> int:
-        """Return how many tokens to generate."""
-        if max_tokens is None and num_prompt <= self.context:
-            return min(DEFAULT_MAX_TOKENS, self.context - num_prompt)
-        wanted = max_tokens or 0
-        if num_prompt + wanted > self.context:
-            raise ContextLengthError(self.context, num_prompt, wanted)
-        return wanted
-
-    def _rows_together(self, request: Request) -> int:
-        """Return how many choices one sequence may have, so that it can run to its end alone."""
-        pool = self._scheduler.pool
-        num_prompt, max_tokens = request.num_prompt_tokens, request.max_tokens
-        for width in range(min(request.params.num_candidates, self.max_rows), 0, -1):
-            if pages_needed(num_prompt, max_tokens, width, pool.page_size) <= pool.num_pages:
-                return width
-        raise ValueError(
-            f"submit: prompt + max_tokens must fit into the KV cache of "
-            f"{pool.num_pages * pool.page_size} tokens, got {num_prompt} + {max_tokens}"
-        )
 
     def _post(self, action: Callable[[Request], None], request: Request) -> None:
         """Apply a change now if no step is under way, else before the next one."""
