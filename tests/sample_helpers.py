@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +53,15 @@ def _lists(
     return np.append(0, lens.cumsum()).astype(np.int32), np.concatenate(ids).astype(np.int32)
 
 
+def _last(rng: np.random.Generator, starts: Array, ids: Array, vocab_size: int) -> Array:
+    """A token of each row that is in its list, or may not be, or none."""
+    last = rng.integers(-1, vocab_size, len(starts) - 1).astype(np.int32)
+    for row, (first, end) in enumerate(itertools.pairwise(starts)):
+        if end > first and rng.random() < 0.5:
+            last[row] = rng.choice(ids[first:end])
+    return last
+
+
 def edits(
     rng: np.random.Generator,
     num_rows: int,
@@ -72,6 +82,7 @@ def edits(
         starts, ids = _lists(rng, num_rows, vocab_size, distinct=True)
         counts = rng.integers(0, 4, len(ids)).astype(np.int32)
         found |= {"history_starts": starts, "history_ids": ids, "history_counts": counts}
+        found["history_last"] = _last(rng, starts, ids, vocab_size)
         found["repetition_penalty"] = rng.uniform(0.5, 2, num_rows).astype(np.float32)
         found["frequency_penalty"] = rng.uniform(-2, 2, num_rows).astype(np.float32)
         found["presence_penalty"] = rng.uniform(-2, 2, num_rows).astype(np.float32)
@@ -84,7 +95,7 @@ def of_one_row(settings: dict[str, Any], row: int) -> dict[str, Any]:
     starts = [(name, "bias" if "bias" in name else "history") for name in settings]
     for name, kind in starts:
         values = settings[name]
-        if name.startswith(("bias_", "history_")):
+        if name.startswith(("bias_", "history_")) and name != "history_last":
             first, last = settings[f"{kind}_starts"][row : row + 2]
             is_starts = name.endswith("_starts")
             found[name] = np.int32([0, last - first]) if is_starts else values[first:last]

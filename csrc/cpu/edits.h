@@ -45,16 +45,23 @@ struct Penalties {
   bool are_neutral() const { return repetition == 1.0f && frequency == 0.0f && presence == 0.0f; }
 };
 
+inline void penalize(float& logit, float count, Penalties penalties) {
+  logit = logit > 0.0f ? logit / penalties.repetition : logit * penalties.repetition;
+  if (count > 0.0f) logit -= count * penalties.frequency + penalties.presence;
+}
+
+// `last`: a token that counts once more, or -1.
 inline void penalize(float* row, std::int64_t size, const std::int32_t* ids,
-                     const std::int32_t* counts, Entries entries, Penalties penalties) {
+                     const std::int32_t* counts, Entries entries, std::int32_t last,
+                     Penalties penalties) {
+  bool is_listed = last < 0 || last >= size;
   for (std::int64_t i = entries.begin; i < entries.end; ++i) {
     if (ids[i] < 0 || ids[i] >= size) continue;
-    float& logit = row[ids[i]];
-    logit = logit > 0.0f ? logit / penalties.repetition : logit * penalties.repetition;
-    if (counts[i] > 0) {
-      logit -= static_cast<float>(counts[i]) * penalties.frequency + penalties.presence;
-    }
+    const bool is_last = ids[i] == last;
+    is_listed |= is_last;
+    penalize(row[ids[i]], static_cast<float>(counts[i]) + (is_last ? 1.0f : 0.0f), penalties);
   }
+  if (!is_listed) penalize(row[last], 1.0f, penalties);
 }
 
 }  // namespace

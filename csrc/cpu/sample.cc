@@ -198,9 +198,12 @@ std::int32_t draw_token(RowMemory& m, const ScannedRow& row, const Softmax& soft
 struct Edits {
   const std::uint32_t* mask;  // null allows all
   Entries bias, history;
+  std::int32_t last;  // of the history, see SampleParams; -1: none
   Penalties penalties;
 
-  bool is_any() const { return mask != nullptr || !bias.is_empty() || !history.is_empty(); }
+  bool is_any() const {
+    return mask != nullptr || !bias.is_empty() || !history.is_empty() || last >= 0;
+  }
 };
 
 Edits edits_of(const SampleParams& p, std::int64_t idx) {
@@ -208,16 +211,18 @@ Edits edits_of(const SampleParams& p, std::int64_t idx) {
   const Penalties penalties{p.repetition_penalty == nullptr ? 1.0f : p.repetition_penalty[idx],
                             p.frequency_penalty == nullptr ? 0.0f : p.frequency_penalty[idx],
                             p.presence_penalty == nullptr ? 0.0f : p.presence_penalty[idx]};
+  const bool is_neutral = penalties.are_neutral();
   return {mask >= 0 && mask < p.num_masks ? p.allowed + mask * p.num_words : nullptr,
           entries_of(p.bias_starts, idx, p.num_biases),
-          entries_of(penalties.are_neutral() ? nullptr : p.history_starts, idx, p.num_histories),
-          penalties};
+          entries_of(is_neutral ? nullptr : p.history_starts, idx, p.num_histories),
+          is_neutral || p.history_last == nullptr ? -1 : p.history_last[idx], penalties};
 }
 
 void edit(const SampleParams& p, const Edits& edits, float* row) {
   if (edits.mask != nullptr) allow(row, p.vocab_size, edits.mask);
   add_bias(row, p.vocab_size, p.bias_ids, p.bias_values, edits.bias);
-  penalize(row, p.vocab_size, p.history_ids, p.history_counts, edits.history, edits.penalties);
+  penalize(row, p.vocab_size, p.history_ids, p.history_counts, edits.history, edits.last,
+           edits.penalties);
 }
 
 // The draw from a row with a distribution. `mass`: the row's at temperature 1, with m.block_sums,

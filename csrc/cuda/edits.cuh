@@ -40,10 +40,11 @@ struct Edits {
   const float* bias_values;
   Entries history;
   const std::int32_t *history_ids, *history_counts;
+  int last = -1;  // of the history, see SampleParams; -1: none
   Penalties penalties;
 
   __device__ bool is_any() const {
-    return mask != nullptr || !bias.is_empty() || !history.is_empty();
+    return mask != nullptr || !bias.is_empty() || !history.is_empty() || last >= 0;
   }
 };
 
@@ -111,20 +112,27 @@ __device__ inline void add_bias(const Tile& tile, const Edits& edits) {
   }
 }
 
-__device__ inline float penalized(float logit, int count, const Penalties& penalties) {
+__device__ inline void penalize(float& logit, float count, const Penalties& penalties) {
   logit = logit > 0.0f ? logit / penalties.repetition : logit * penalties.repetition;
-  if (count <= 0) return logit;
-  return logit - (static_cast<float>(count) * penalties.frequency + penalties.presence);
+  if (count > 0.0f) logit -= count * penalties.frequency + penalties.presence;
 }
 
 // The entries are distinct tokens.
 __device__ inline void penalize(const Tile& tile, const Edits& edits) {
+  bool is_listed = false;
   for (std::int64_t entry = edits.history.begin + threadIdx.x; entry < edits.history.end;
        entry += blockDim.x) {
-    const int place = tile.place_of(edits.history_ids[entry]);
+    const int id = edits.history_ids[entry], place = tile.place_of(id);
     if (place < 0) continue;
-    tile.values[place] =
-        penalized(tile.values[place], edits.history_counts[entry], edits.penalties);
+    const bool is_last = id == edits.last;
+    is_listed |= is_last;
+    penalize(tile.values[place],
+             static_cast<float>(edits.history_counts[entry]) + (is_last ? 1.0f : 0.0f),
+             edits.penalties);
+  }
+  const int place = edits.last >= 0 ? tile.place_of(edits.last) : -1;  // same for all threads
+  if (place >= 0 && __syncthreads_or(is_listed) == 0 && threadIdx.x == 0) {
+    penalize(tile.values[place], 1.0f, edits.penalties);
   }
 }
 

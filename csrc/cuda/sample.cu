@@ -65,15 +65,17 @@ struct SampleRow {
     const Penalties penalties{p.repetition_penalty == nullptr ? 1.0f : p.repetition_penalty[idx],
                               p.frequency_penalty == nullptr ? 0.0f : p.frequency_penalty[idx],
                               p.presence_penalty == nullptr ? 0.0f : p.presence_penalty[idx]};
-    row.edits = {
-        mask >= 0 && mask < p.num_masks ? p.allowed + mask * p.num_words : nullptr,
-        entries_of(p.bias_starts, idx, p.num_biases),
-        p.bias_ids,
-        p.bias_values,
-        entries_of(penalties.are_neutral() ? nullptr : p.history_starts, idx, p.num_histories),
-        p.history_ids,
-        p.history_counts,
-        penalties};
+    const bool is_neutral = penalties.are_neutral();
+    const int last = is_neutral || p.history_last == nullptr ? -1 : p.history_last[idx];
+    row.edits = {mask >= 0 && mask < p.num_masks ? p.allowed + mask * p.num_words : nullptr,
+                 entries_of(p.bias_starts, idx, p.num_biases),
+                 p.bias_ids,
+                 p.bias_values,
+                 entries_of(is_neutral ? nullptr : p.history_starts, idx, p.num_histories),
+                 p.history_ids,
+                 p.history_counts,
+                 last < row.vocab_size ? last : -1,
+                 penalties};
   }
 
   // stats: maxima and sums of the row as it is, then of the one that is drawn from, which are the

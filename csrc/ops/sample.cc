@@ -13,14 +13,15 @@ namespace {
 
 constexpr float kMaxFloat = std::numeric_limits<float>::max();
 
-// A penalty, which needs a history.
-const float* penalty_of(Check& check, const char* argument, const MaybeTensor& tensor,
-                        const MaybeTensor& history_starts) {
+// A number for each row, which needs a history.
+template <class T>
+const T* with_history(Check& check, const char* argument, const MaybeTensor& tensor, DType dtype,
+                      const MaybeTensor& history_starts) {
   if (!tensor) return nullptr;
   check.require(history_starts.has_value(), "history_starts", std::string("given with ") + argument,
                 "none");
-  check.tensor(argument, *tensor, {"num_rows"}, {DType::f32});
-  return static_cast<const float*>(tensor->data);
+  check.tensor(argument, *tensor, {"num_rows"}, {dtype});
+  return static_cast<const T*>(tensor->data);
 }
 
 template <class T>
@@ -48,6 +49,7 @@ void check_data(const Check& check, const SampleParams& p) {
   check_ints(check, "history_ids", p.history_ids, p.num_histories, 0, p.vocab_size - 1);
   check_ints(check, "history_counts", p.history_counts, p.num_histories, 0,
              std::numeric_limits<std::int32_t>::max());
+  check_ints(check, "history_last", p.history_last, p.num_rows, -1, p.vocab_size - 1);
   check_floats(check, "repetition_penalty", p.repetition_penalty, p.num_rows,
                std::numeric_limits<float>::denorm_min(), kMaxFloat, "finite and above 0");
   check_floats(check, "frequency_penalty", p.frequency_penalty, p.num_rows, -kMaxFloat, kMaxFloat,
@@ -65,11 +67,12 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k
             const MaybeTensor& bias_starts, const MaybeTensor& bias_ids,
             const MaybeTensor& bias_values, const MaybeTensor& history_starts,
             const MaybeTensor& history_ids, const MaybeTensor& history_counts,
-            const MaybeTensor& repetition_penalty, const MaybeTensor& frequency_penalty,
-            const MaybeTensor& presence_penalty, const MaybeTensor& num_top,
-            const Tensor& out_token_ids, const MaybeTensor& out_logprobs,
-            const MaybeTensor& out_ranks, const MaybeTensor& out_top_ids,
-            const MaybeTensor& out_top_logprobs, const MaybeTensor& out_log_sums) {
+            const MaybeTensor& history_last, const MaybeTensor& repetition_penalty,
+            const MaybeTensor& frequency_penalty, const MaybeTensor& presence_penalty,
+            const MaybeTensor& num_top, const Tensor& out_token_ids,
+            const MaybeTensor& out_logprobs, const MaybeTensor& out_ranks,
+            const MaybeTensor& out_top_ids, const MaybeTensor& out_top_logprobs,
+            const MaybeTensor& out_log_sums) {
   Check check("sample");
   SampleParams p{};
   check.activation("logits", logits, {"num_rows", "vocab_size"});
@@ -113,10 +116,14 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k
   p.history_counts =
       data_with<std::int32_t>(check, "history_counts", history_counts, {"num_histories"},
                               DType::i32, "history_starts", history_starts);
-  p.repetition_penalty =
-      penalty_of(check, "repetition_penalty", repetition_penalty, history_starts);
-  p.frequency_penalty = penalty_of(check, "frequency_penalty", frequency_penalty, history_starts);
-  p.presence_penalty = penalty_of(check, "presence_penalty", presence_penalty, history_starts);
+  p.history_last =
+      with_history<std::int32_t>(check, "history_last", history_last, DType::i32, history_starts);
+  p.repetition_penalty = with_history<float>(check, "repetition_penalty", repetition_penalty,
+                                             DType::f32, history_starts);
+  p.frequency_penalty = with_history<float>(check, "frequency_penalty", frequency_penalty,
+                                            DType::f32, history_starts);
+  p.presence_penalty =
+      with_history<float>(check, "presence_penalty", presence_penalty, DType::f32, history_starts);
   p.num_masks = check.size("num_masks");
   p.num_biases = check.size("num_biases");
   p.num_histories = check.size("num_histories");

@@ -17,6 +17,8 @@ namespace fullbeam {
 //   bias        is added; -infinity bans, whatever the logit
 //   repetition  every token of the history: a positive logit is divided by it, others multiplied
 //   frequency, presence  tokens of the history with a count: logit -= count * frequency + presence
+// A row's history_last counts as one more generated token: where the list has it, its count is one
+// higher, else it is one more entry, of count 1.
 // The caller's logits are never written.
 //
 // With num_top, the log-probabilities that logprobs gives of the drawn token: those of the logits
@@ -38,6 +40,7 @@ struct SampleParams {
   const std::int32_t* history_starts;  // [num_rows + 1]
   const std::int32_t* history_ids;     // [num_histories], distinct within a row
   const std::int32_t* history_counts;  // [num_histories]; 0: in the prompt only
+  const std::int32_t* history_last;    // [num_rows]; -1: none; null: none in any row
   const float* repetition_penalty;     // [num_rows], above 0; null 1
   const float* frequency_penalty;      // [num_rows]; null 0
   const float* presence_penalty;       // [num_rows]; null 0

@@ -152,9 +152,9 @@ PYBIND11_MODULE(_core, m) {
         py::arg("bias_starts").none(true), py::arg("bias_ids").none(true),
         py::arg("bias_values").none(true), py::arg("history_starts").none(true),
         py::arg("history_ids").none(true), py::arg("history_counts").none(true),
-        py::arg("repetition_penalty").none(true), py::arg("frequency_penalty").none(true),
-        py::arg("presence_penalty").none(true), py::arg("num_top").none(true),
-        py::arg("out_token_ids"), py::arg("out_logprobs").none(true),
+        py::arg("history_last").none(true), py::arg("repetition_penalty").none(true),
+        py::arg("frequency_penalty").none(true), py::arg("presence_penalty").none(true),
+        py::arg("num_top").none(true), py::arg("out_token_ids"), py::arg("out_logprobs").none(true),
         py::arg("out_ranks").none(true), py::arg("out_top_ids").none(true),
         py::arg("out_top_logprobs").none(true), py::arg("out_log_sums").none(true));
   m.def("beam_step", &ops::beam_step, Op(), py::arg("logits"), py::arg("beam_rows"),

@@ -222,6 +222,7 @@ def sample(
     history_starts: typing.Any | None,
     history_ids: typing.Any | None,
     history_counts: typing.Any | None,
+    history_last: typing.Any | None,
     repetition_penalty: typing.Any | None,
     frequency_penalty: typing.Any | None,
     presence_penalty: typing.Any | None,

@@ -558,6 +558,7 @@ def sample(
     history_starts: Array | None = None,
     history_ids: Array | None = None,
     history_counts: Array | None = None,
+    history_last: Array | None = None,
     repetition_penalty: Array | None = None,
     frequency_penalty: Array | None = None,
     presence_penalty: Array | None = None,
@@ -599,6 +600,8 @@ def sample(
     history_starts : int32 [num_rows + 1]
     history_ids, history_counts : int32 [num_histories]
         Distinct tokens of the prompt and what followed; how often each was generated.
+    history_last : int32 [num_rows]
+        A token of each row that was generated once more than its list says, -1 for none.
     repetition_penalty, frequency_penalty, presence_penalty : float32 [num_rows]
         Above 0, and any; 1, 0 and 0 are off.
     num_top : int32 [num_rows]
@@ -635,7 +638,7 @@ def sample(
     _core.sample(
         logits, temperature, top_k, top_p, min_p, seeds, counters, allowed, allowed_idx,
         bias_starts, bias_ids, bias_values, history_starts, history_ids, history_counts,
-        repetition_penalty, frequency_penalty, presence_penalty, num_top, *out,
+        history_last, repetition_penalty, frequency_penalty, presence_penalty, num_top, *out,
     )  # fmt: skip
     return out
 

@@ -303,6 +303,7 @@ def edited_logits(
     history_starts: Any = None,
     history_ids: Any = None,
     history_counts: Any = None,
+    history_last: Any = None,
     repetition_penalty: Any = None,
     frequency_penalty: Any = None,
     presence_penalty: Any = None,
@@ -323,9 +324,14 @@ def edited_logits(
             repetition = one if repetition_penalty is None else repetition_penalty[idx]
             frequency = zero if frequency_penalty is None else frequency_penalty[idx]
             presence = zero if presence_penalty is None else presence_penalty[idx]
-            for entry in range(history_starts[idx], history_starts[idx + 1]):
-                token_id, count = history_ids[entry], np.float32(history_counts[entry])
-                value = row[token_id]
+            entries = slice(history_starts[idx], history_starts[idx + 1])
+            ids, numbers = history_ids[entries].tolist(), history_counts[entries].tolist()
+            counts = dict(zip(ids, numbers, strict=True))
+            if history_last is not None and history_last[idx] >= 0:
+                last = int(history_last[idx])
+                counts[last] = counts.get(last, 0) + 1
+            for token_id, number in counts.items():
+                value, count = row[token_id], np.float32(number)
                 value = value / repetition if value > 0 else value * repetition
                 row[token_id] = value - (count * frequency + presence if count > 0 else zero)
     return row

@@ -299,6 +299,23 @@ def test_sample_penalises_as_the_worked_examples() -> None:
     np.testing.assert_allclose(found, [1.666667, 1, 0.5, 0, -1.2], atol=1e-6)
 
 
+def test_sample_counts_the_last_token_of_a_history_once_more() -> None:
+    row, penalties = [2, 1, 0.5, 0, -1], (2, 0.5, 0.25)
+    ids, counts = [0, 4, 2], [2, 0, 1]
+    for last, with_last in [
+        (0, ([0, 4, 2], [3, 0, 1])),
+        (4, ([0, 4, 2], [2, 1, 1])),
+        (1, ([0, 4, 2, 1], [2, 0, 1, 1])),
+        (-1, (ids, counts)),
+    ]:
+        given = history(ids, counts, *penalties) | {"history_last": np.int32([last])}
+        np.testing.assert_array_equal(
+            edited_by_op(row, given), edited_by_op(row, history(*with_last, *penalties))
+        )
+    first = history([], [], *penalties) | {"history_last": np.int32([1])}
+    np.testing.assert_array_equal(edited_by_op(row, first), [2, -0.25, 0.5, 0, -1])
+
+
 def test_sample_adds_the_bias_before_the_penalties() -> None:
     bias = {
         "bias_starts": np.int32([0, 3]),
@@ -389,6 +406,7 @@ def small_rows(draw: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     biases = draw(st.lists(st.tuples(token_ids, FINITE | st.just(-INF)), max_size=4))
     seen = draw(st.lists(token_ids, unique=True))
     counts = [draw(st.integers(0, 2)) for _ in seen]
+    last = draw(st.integers(-1, size - 1))
     penalties = draw(st.floats(0.5, 2, width=32)), draw(FINITE), draw(FINITE)
     edit = {
         "allowed": packed(np.array([mask])),
@@ -397,6 +415,7 @@ def small_rows(draw: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         "bias_ids": np.array([token_id for token_id, _ in biases], np.int32),
         "bias_values": np.array([value for _, value in biases], np.float32),
         **history(seen, counts, *penalties),
+        "history_last": np.int32([last]),
     }
     truncation = {
         "temperature": draw(st.sampled_from([0.0, 0.7, 1.0, 3.0])),
@@ -500,6 +519,7 @@ def full_edits() -> dict[str, Any]:
         "bias_values": np.ones(4, np.float32),
         **{f"history_{name}": values.copy() for name, values in entries.items()},
         "history_counts": np.int32([0, 1, 2, 3]),
+        "history_last": np.int32([-1, 7, 2]),
         "repetition_penalty": ones.copy(),
         "frequency_penalty": ones.copy(),
         "presence_penalty": ones.copy(),
@@ -530,6 +550,8 @@ def full_edits() -> dict[str, Any]:
         ),
         ("history_ids", -1, r"history_ids must be in 0\.\.7, got -1"),
         ("history_counts", -1, r"history_counts must be in 0\.\.2147483647, got -1"),
+        ("history_last", -2, r"history_last must be in -1\.\.7, got -2"),
+        ("history_last", 8, r"history_last must be in -1\.\.7, got 8"),
         ("repetition_penalty", 0, "repetition_penalty must be finite and above 0, got 0"),
         ("frequency_penalty", NAN, "frequency_penalty must be finite, got nan"),
         ("presence_penalty", -INF, "presence_penalty must be finite, got -inf"),
@@ -597,9 +619,11 @@ def test_sample_refuses_half_an_edit(missing: str, present: str) -> None:
         ops.sample(np.zeros((3, 8), np.float32), **settings)
 
 
-@pytest.mark.parametrize("name", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
+@pytest.mark.parametrize(
+    "name", ["history_last", "repetition_penalty", "frequency_penalty", "presence_penalty"]
+)
 def test_sample_refuses_penalties_without_a_history(name: str) -> None:
-    settings = params(3) | {name: np.ones(3, np.float32)}
+    settings = params(3) | {name: full_edits()[name]}
     with pytest.raises(
         ValueError, match=f"^sample: history_starts must be given with {name}, got none$"
     ):
