@@ -49,7 +49,28 @@ def test_a_single_row_is_always_one_step_ahead(launches: list[bool]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"frequency_penalty": 0.5},
+        {"frequency_penalty": 2.0, "logit_bias": {7: 6, 9: 6}},  # which keep coming back
+        {"presence_penalty": 2.0},
+        {"repetition_penalty": 1.5, "temperature": 0.0},
+        {"frequency_penalty": -1.0, "n": 3, "best_of": 4, "logprobs": 1},
+    ],
+)
+def test_rows_with_penalties_count_the_token_under_way(
+    launches: list[bool], fields: dict[str, Any]
+) -> None:
+    h = harness(launches)
+    plain = h.submit("ba", max_tokens=9, temperature=0.8, seed=5)
+    given = {"max_tokens": 12, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+    request = h.submit("abcde", **given | fields)
+    h.run()
+    h.verify(request)
+    h.verify(plain)
+    assert launches == [False, False, *[True] * 10]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
         {"bad_words": ["q"]},
         {"min_tokens": 5},
     ],
@@ -82,8 +103,9 @@ def test_requests_of_all_kinds_come_and_go(launches: list[bool], seed: int) -> N
         fields["temperature"] = rng.choice([0.0, 0.7, 1.5])
         if rng.random() < 0.3:
             fields["n"] = rng.randint(2, 4)
-        if rng.random() < 0.2:
-            fields["frequency_penalty"] = 0.5
+        if rng.random() < 0.5:
+            name = rng.choice(["frequency_penalty", "presence_penalty", "repetition_penalty"])
+            fields[name] = rng.choice([0.5, 1.5])
         if rng.random() < 0.3:
             fields["stop"] = [rng.choice("abcdefgh")]
         if rng.random() < 0.3:

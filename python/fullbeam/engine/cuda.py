@@ -118,11 +118,13 @@ class CudaDevice:
         op: Callable[..., tuple[Array, ...]],
         logits: Array,
         options: Mapping[str, Any],
+        drawn: Array | None = None,
         **more: Any,
     ) -> Results:
         arrays = {name: value for name, value in options.items() if value is not None}
         shapes = {name: (_room(name, array), array.dtype.name) for name, array in arrays.items()}
-        results = self._selection(op, logits, shapes, more).run(arrays)
+        num_drawn = 0 if drawn is None else self.rounded(len(drawn))
+        results = self._selection(op, logits, shapes, num_drawn, more).run(arrays, drawn)
         copies = [None if r is None else r.to("cpu", non_blocking=True) for r in results]
         done = None if self._stream is None else self._stream.record_event()
 
@@ -131,21 +133,24 @@ class CudaDevice:
                 done.synchronize()
             return tuple(None if copy is None else copy.numpy() for copy in copies)
 
-        return Results(results, read)
+        # Where a graph leaves its results, others that were captured before it may compute.
+        return Results(results[0].clone(), read)
 
     def _selection(
         self,
         op: Callable[..., tuple[Array, ...]],
         logits: Array,
         shapes: Mapping[str, tuple[tuple[int, ...], str]],
+        num_drawn: int,
         more: Mapping[str, Any],
     ) -> _Selection:
         if not logits._is_view():  # gathered for this once: keeping it would keep its memory
-            return _Selection(self, op, logits, shapes, more)
-        key = (op, logits.data_ptr(), logits.shape, *shapes.items(), *more.items())
+            return _Selection(self, op, logits, shapes, num_drawn, more)
+        key = (op, logits.data_ptr(), logits.shape, *shapes.items(), num_drawn, *more.items())
         selection = self._selections.get(key)
         if selection is None:
-            selection = self._selections[key] = _Selection(self, op, logits, shapes, more)
+            selection = _Selection(self, op, logits, shapes, num_drawn, more)
+            self._selections[key] = selection
             if len(self._selections) > MAX_PROGRAMS:
                 self._selections.popitem(last=False)
         else:
@@ -174,20 +179,28 @@ class _Selection:
         op: Callable[..., tuple[Array, ...]],
         logits: Array,
         shapes: Mapping[str, tuple[tuple[int, ...], str]],
+        num_drawn: int,
         more: Mapping[str, Any],
     ) -> None:
         self._inputs = device.inputs(shapes)
+        self._drawn = device.zeros((num_drawn,), "int32")
         self._results: tuple[Array, ...] = ()
 
         def record() -> None:
-            self._results = op(logits, **self._inputs.device, **more)
+            options = dict(self._inputs.device)
+            if num_drawn:
+                last = options["history_last"]
+                options["history_last"] = device.merged(last, last, self._drawn)
+            self._results = op(logits, **options, **more)
 
         self._program = device.program(record)
 
-    def run(self, arrays: Mapping[str, HostArray]) -> tuple[Array, ...]:
+    def run(self, arrays: Mapping[str, HostArray], drawn: Array | None) -> tuple[Array, ...]:
         for name, array in arrays.items():
             self._inputs.host[name][: len(array)] = array
         self._inputs.send()
+        if drawn is not None:
+            self._drawn[: len(drawn)] = drawn
         self._program.run()
         return self._results
 

@@ -34,7 +34,7 @@ class Selector:
         self._device = device
         self._draws: Draws | None = None
 
-    def start(self, works: list[Work], logits: Array) -> Choice:
+    def start(self, works: list[Work], logits: Array, drawn: Array | None = None) -> Choice:
         """Draw the tokens and score the prompts that the work names.
 
         Parameters
@@ -44,6 +44,8 @@ class Selector:
         logits
             float32 [num_logit_rows, vocab_size] on the device, in the same order: scored tokens,
             then the last.
+        drawn
+            Tokens on the device, which work that has a `source` goes on from.
         """
         drawing: list[Drawing] = []
         sources: list[int] = []  # logit row of each draw
@@ -65,13 +67,13 @@ class Selector:
                 last = [next_row] * len(work.search.live)  # all hypotheses start from the prompt
                 search_rows.append([*range(next_row, next_row + len(work.nodes))] or last)
             num_tokens = work.start + work.count - len(work.drafts)
-            drawing += [Drawing(row, work.drafts, num_tokens) for row in work.drawing]
+            drawing += [Drawing(row, work.drafts, num_tokens, work.source) for row in work.drawing]
             if work.drafts:
                 sources += range(next_row, next_row + work.num_draws)
             else:
                 sources += [next_row] * len(work.drawing)
             next_row += work.num_draws
-        expansions = drawn = None
+        expansions = draws = results = None
         if expanding:
             searches = [work.search for work in expanding]
             expansions = expand(self._device, searches, search_rows, logits)
@@ -79,11 +81,14 @@ class Selector:
             rows = [item.row for item in drawing for _ in range(1 + len(item.drafts))]
             if self._draws is None or rows != self._draws.rows:
                 self._draws = Draws(rows, logits.shape[1])
-            drawn = self._draws.start(self._device, _take(logits, sources), drawing)
-        draws = self._draws
+            draws = self._draws
+            results = draws.start(self._device, _take(logits, sources), drawing, drawn)
 
         def finish() -> Selection:
-            token_ids, entries = ([], []) if drawn is None or draws is None else draws.read(drawn)
+            token_ids: list[int] = []
+            entries: list[TokenLogprob | None] = []
+            if draws is not None and results is not None:
+                token_ids, entries = draws.read(results)
             found = [] if expansions is None else expansions()
             return Selection(
                 token_ids,
@@ -92,7 +97,7 @@ class Selector:
                 {work: new for work, new in zip(expanding, found, strict=True) if new is not None},
             )
 
-        return Choice(None if drawn is None else drawn.arrays[0], finish)
+        return Choice(None if results is None else results.first, finish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,7 @@ class Drawing:
     row: Row
     drafts: list[int]  # it draws at each place of them too
     num_tokens: int  # of it, prompt included, before its draft
+    source: int  # the last of them is this one of the tokens on the device; -1: the host knows it
 
 
 class Draws:
@@ -137,7 +143,9 @@ class Draws:
             for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
                 self._options[name] = np.array([getattr(p, name) for p in params], np.float32)
 
-    def start(self, device: Device, logits: Array, drawing: list[Drawing]) -> Results:
+    def start(
+        self, device: Device, logits: Array, drawing: list[Drawing], drawn: Array | None
+    ) -> Results:
         """Draw for each row, at each place of its draft as if those before it held."""
         options = self._options
         self._counters[:, 2] = [
@@ -149,12 +157,16 @@ class Draws:
         if self._has_history:
             histories = [known for item in drawing for known in item.row.histories(item.drafts)]
             options |= history_options(histories)
+            last = [item.source for item in drawing]
+            options["history_last"] = None if drawn is None else np.array(last, np.int32)
+        else:
+            drawn = None
         max_top = max(self._num_top) if "num_top" in options else None
-        return device.select(ops.sample, logits, options, max_top=max_top)
+        return device.select(ops.sample, logits, options, drawn, max_top=max_top)
 
-    def read(self, drawn: Results) -> tuple[list[int], list[TokenLogprob | None]]:
+    def read(self, results: Results) -> tuple[list[int], list[TokenLogprob | None]]:
         """Return each row's token, -1 where there is none to draw, and its log-probabilities."""
-        token_ids, *reported = drawn.read()
+        token_ids, *reported = results.read()
         ids: list[int] = token_ids.tolist()
         if "num_top" not in self._options:
             return ids, [None] * len(ids)

@@ -67,7 +67,7 @@ class Inputs(Protocol):
 class Results:
     """What an op gives, or will give."""
 
-    arrays: tuple[Array, ...]  # on the device
+    first: Array  # on the device
     read: Callable[[], tuple[Any, ...]]  # waits for them, and gives them as host arrays
 
 
@@ -143,6 +143,7 @@ class Device(Protocol):
         op: Callable[..., tuple[Array, ...]],
         logits: Array,
         options: Mapping[str, Any],
+        drawn: Array | None = None,
         **more: Any,
     ) -> Results:
         """Start an op that chooses from logits.
@@ -152,6 +153,9 @@ class Device(Protocol):
         op : `ops.sample`, `ops.beam_step` or `ops.logprobs`
         logits : on the device
         options : by the op's names: host arrays, or None
+        drawn : int32, on the device
+            Tokens that the host doesn't know yet; `history_last` is then which of them each row
+            goes on from.
         more : arguments that are no arrays
         """
 
@@ -251,10 +255,14 @@ class CpuDevice:
         op: Callable[..., tuple[Array, ...]],
         logits: Array,
         options: Mapping[str, Any],
+        drawn: Array | None = None,
         **more: Any,
     ) -> Results:
+        if drawn is not None:
+            last = options["history_last"]
+            options = {**options, "history_last": self.merged(last, last, drawn)}
         arrays = op(logits, **options, **more)
-        return Results(arrays, lambda: arrays)
+        return Results(arrays[0], lambda: arrays)
 
     def available_bytes(self) -> int:
         return available_bytes()

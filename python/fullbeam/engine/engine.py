@@ -355,7 +355,7 @@ class Engine:
             self._computing = {work.sequence.request for work in works}
         try:
             logits = self._runner.forward(works, stop, drawn)
-            return _Flight(works, self._selector.start(works, logits))
+            return _Flight(works, self._selector.start(works, logits, drawn))
         except Interrupted:
             return None  # all that was computed is about to be dropped
         except Exception as cause:

@@ -365,11 +365,11 @@ class Scheduler:
 
 
 def _draws_freely(work: Work) -> bool:
-    """Whether a row draws, by rules that don't change with the tokens before."""
+    """Whether a row draws, with no mask that changes with the tokens before."""
     row = work.row
     if row is None or not work.drawing or work.drafts:
         return False
-    return row.history is None and row.sequence.request.rules is None
+    return row.sequence.request.rules is None
 
 
 def _is_chunk(work: Work) -> bool:
