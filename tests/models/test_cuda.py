@@ -16,6 +16,7 @@ import pytest
 
 import backends
 from fullbeam import _core, ops
+from fullbeam.engine.engine import Engine
 from fullbeam.engine.text import Piece
 from fullbeam.models import OpenModel, open_model
 from fullbeam.params import CompletionParams
@@ -117,6 +118,34 @@ def test_drafts_change_nothing(path: Path, backend: str) -> None:
     assert engine.stats().num_accepted_tokens > 10
 
 
+def note_launches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each launch to come, whether it goes on from a step under way."""
+    launches: list[bool] = []
+    launch = engine._launch
+    monkeypatch.setattr(
+        engine, "_launch", lambda *args: launches.append(len(args) > 1) or launch(*args)
+    )
+    return launches
+
+
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+def test_penalties_count_the_token_under_way(
+    path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = dict.fromkeys(range(40, 48), 30.0)  # which come again and again
+    fields = {"max_tokens": 14, "logprobs": 4, "ignore_eos": True, "logit_bias": few, "seed": 7}
+    batch = [
+        ([5], CompletionParams(**fields, temperature=0.0, frequency_penalty=2.0)),
+        ([6], CompletionParams(**fields, presence_penalty=1.5, n=2)),
+        ([7], CompletionParams(**fields | {"max_tokens": 9}, repetition_penalty=1.2)),
+        ([8], CompletionParams(**fields)),
+    ]
+    engine = make_engine(on_cuda(path, backend))
+    launches = note_launches(engine, monkeypatch)
+    assert_same(complete(engine, batch), on_cpu(path, batch))
+    assert launches == [False, False, *[True] * 12]
+
+
 @pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
 @pytest.mark.parametrize("num_pages", [None, CONTEXT // PAGE_SIZE + 4])
 def test_steps_started_ahead_change_nothing(
@@ -130,11 +159,7 @@ def test_steps_started_ahead_change_nothing(
         prompt, params = batch[idx]
         batch[idx] = prompt, dataclasses.replace(params, **fields)
     engine = make_engine(on_cuda(path, backend), num_pages=num_pages)
-    launches: list[bool] = []
-    launch = engine._launch
-    monkeypatch.setattr(
-        engine, "_launch", lambda *args: launches.append(len(args) > 1) or launch(*args)
-    )
+    launches = note_launches(engine, monkeypatch)
     assert_same(complete(engine, batch), on_cpu(path, batch))
     assert sum(launches) > len(launches) / 4
     assert engine.stats().num_used_pages == 0
