@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,11 @@ import torch
 
 import hf_models
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "transformers_model.py"
 ENDS = list(range(50))  # so many that texts do end
 PADDING = 299
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Of torch: its threads wait for each other at every tiny product."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from tiny_models import VOCAB_SIZE, FloatArray, Tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 PAGE_SIZE = 8
 ORIGINAL_CONTEXT = 64  # of the Llama 3 rope scaling
@@ -233,14 +235,6 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
         return made[name]
 
     return make
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # its threads would wait for each other longer than they compute
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_tokens", [299, 301])

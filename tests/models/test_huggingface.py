@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from fullbeam.models import OpenModel, open_model
 from fullbeam.models.families import FAMILIES
 from fullbeam.models.layouts import LAYOUTS
 from hf_models import CASES
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 PAGE_SIZE = 8
 PROMPT_LEN = 12
@@ -78,14 +80,6 @@ def forward(opened: OpenModel, *cuts: int) -> npt.NDArray[np.float32]:
 
 def rms(x: npt.NDArray[Any]) -> float:
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,20 +20,14 @@ from fullbeam.model import Model
 from fullbeam.models import open_model
 from fullbeam.results import Choice
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 SEED = 3
 PROMPT_LEN = 12
 MAX_TOKENS = 16
 GOLDENS = Path(__file__).parent / "data" / "group_beam_goldens.json"
 
 Found = tuple[list[int], float]  # token ids, and what they are ranked by
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # its threads would wait for each other longer than they compute
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
