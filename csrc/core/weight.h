@@ -1,24 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a weight matrix lies in memory for the matrix products: the layout that core/packed_weight.cc
-// writes and {cpu}/linear and embedding read.
+// writes, and cpu/linear and cpu/embedding read.
 //
 // Rows are grouped in panels of 16, columns of quantised types in tiles of 32; a panel is its tiles
 // one after another. In a tile, step s (0..7) is the 64 values of 16 rows x 4 consecutive columns,
 // value 4 * row + column % 4: a register of values against one broadcast group of 4 activations.
 // Values are stored unsigned, `zero_point` to be taken away:
-//   4 bits: 256 bytes; byte i of chunk c (0..3) holds step c in its low and step c + 4 in its high
-//   half 5 bits: the same, then 64 bytes whose bit s is bit 4 of step s 6 bits: the same as 4, then
-//   128 bytes: chunk h (0..1) holds bits 4-5 of step 4 * h + j at bits 2 * j 8 bits: 512 bytes,
-//   step after step
+//
+//   4 bits  256 bytes; byte i of chunk c (0..3) holds step c in its low and step c + 4 in its high
+//           half
+//   5 bits  the same, then 64 bytes whose bit s is bit 4 of step s
+//   6 bits  the same as 4, then 128 bytes: chunk h (0..1) holds bits 4-5 of step 4 * h + j at bits
+//           2 * j
+//   8 bits  512 bytes, step after step
+//
 // Scales follow the values of the tile, 16 rows each:
-//   d     d as f16                                         value = d * (u - zero_point) Q4_0 Q5_0
-//   Q8_0 dm    d, m as f16                                      value = d * u + m Q4_1 Q5_1 k
-//   scale, minimum as u8; every 8 tiles are preceded by d, dmin as f16
-//                                                          value = d * scale * u - dmin * minimum
-//                                                          Q4_K Q5_K
-//   k16   two times scale as i8 (columns 0-15, 16-31); every 8 tiles are preceded by d as f16
-//                                                          value = d * scale * (u - zero_point)
-//                                                          Q6_K
+//
+//   d    d as f16; Q4_0 Q5_0 Q8_0            value = d * (u - zero_point)
+//   dm   d, m as f16; Q4_1 Q5_1              value = d * u + m
+//   k    scale, minimum as u8; Q4_K Q5_K     value = d * scale * u - dmin * minimum
+//        every 8 tiles are preceded by d, dmin as f16
+//   k16  two times scale as i8 (columns 0-15, 16-31); Q6_K
+//        every 8 tiles are preceded by d as f16
+//                                            value = d * scale * (u - zero_point)
+//
 // Float types (F32, F16, BF16) keep their elements: [cols, 16] per panel.
 #pragma once
 #include <cstdint>
