@@ -108,9 +108,7 @@ template <int kBits, bool kHalves, bool kOffset, int kTokens>
 FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
                               const std::int32_t* offsets, std::int64_t stride,
                               I32 (*sums)[kTokens][kParts]) {
-  constexpr bool kApart =
-      kHalves || kTokens < 3;  // two chains: one of so few would wait for itself
-  I32 chains[2][kTokens];
+  I32 chains[2][kTokens];  // of the halves of the columns: one of few tokens would wait for itself
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
     const std::int32_t* offset = offsets + stride * offset_place(kBits) + t;
@@ -122,8 +120,7 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
     const int s = kHalves ? i : i / 2 + i % 2 * 4;
     const __m512i values = tile.step(s);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t)
-      dot_step(chains[kApart ? s / 4 : 0][t], values, x + kTileCols * t + 4 * s);
+    for (int t = 0; t < kTokens; ++t) dot_step(chains[s / 4][t], values, x + kTileCols * t + 4 * s);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
@@ -131,7 +128,7 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
       sums[0][t][0] = chains[0][t];
       sums[1][t][0] = chains[1][t];
     } else {
-      sums[0][t][0] = kApart ? _mm512_add_epi32(chains[0][t], chains[1][t]) : chains[0][t];
+      sums[0][t][0] = _mm512_add_epi32(chains[0][t], chains[1][t]);
     }
   }
 }
