@@ -2,7 +2,7 @@
 """The GGUF weight types in plain NumPy: blocks of 32 or 256 columns, scales in float16.
 
 The layouts are those of the GGUF specification; the kernels read the same blocks in
-`csrc/core/packed_weight.cc`.
+`csrc/core/weight_blocks.h`.
 """
 
 from __future__ import annotations
