@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import requests
 
 COMPLETION = (
     b'{"id":"cmpl-1","object":"text_completion","created":1700000000,"model":"m","new":1,'
@@ -66,3 +67,9 @@ def server() -> Iterator[StandIn]:
         yield stand_in
         http.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def session() -> Iterator[requests.Session]:
+    with requests.Session() as own:
+        yield own

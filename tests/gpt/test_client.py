@@ -8,7 +8,6 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,12 +20,6 @@ from gpt.models import components, errors, operations
 
 StandIn: TypeAlias = Any  # in conftest.py, which cannot be imported
 REQUEST = components.CreateCompletionRequest(model="m", prompt="Say")
-
-
-@pytest.fixture
-def session() -> Iterator[requests.Session]:
-    with requests.Session() as own:
-        yield own
 
 
 @pytest.fixture

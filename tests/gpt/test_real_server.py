@@ -59,9 +59,8 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture
-def client(url: str) -> Iterator[gpt.Gpt]:
-    with requests.Session() as session:
-        yield gpt.Gpt(KEY, server_url=url, client=session)
+def client(url: str, session: requests.Session) -> gpt.Gpt:
+    return gpt.Gpt(KEY, server_url=url, client=session)
 
 
 def request(**fields: Any) -> components.CreateCompletionRequest:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any, TypeAlias
@@ -43,12 +42,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(gpt.utils, "time", clock)
     monkeypatch.setattr(gpt.utils, "random", clock)
     return clock
-
-
-@pytest.fixture
-def session() -> Iterator[requests.Session]:
-    with requests.Session() as own:
-        yield own
 
 
 def config(strategy: str = "backoff", *, connection: bool = False, limit: int = 10_000) -> Any:
