@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -64,8 +63,7 @@ class Request:
     constraint: bytes = b""  # what the generated text starts with; ends with the prefix
     sequences: list[Sequence] = field(default_factory=list)
     closed: bool = False  # nothing more is reported
-    submitted_at: float = field(default_factory=time.monotonic)  # in seconds, as are the next
-    first_token_at: float | None = None
+    first_token_at: float | None = None  # in seconds, as is the next
     last_token_at: float = 0.0
     num_token_places: int = 0  # in each step, the tokens of the row that got most
     _text: str | None = None
