@@ -16,6 +16,7 @@ run. `%same`: first tokens equal to fullbeam's.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -285,20 +286,17 @@ def run(args: argparse.Namespace, head: dict[str, Any], rows: list[str]) -> list
     try:
         names = [name for name in RUNTIMES if name == "fullbeam" or name in args.peers]
         start(args, names, workers)
-        best = Ceilings.measure(args.threads)
+        found: list[Ceilings] = []
         rounds = Rounds(workers, code)
-        turns = [
-            (row, idx, worker)
-            for row in rows
-            for idx in range(args.rounds + 1)
-            for worker in workers[:: 1 if idx % 2 else -1]
-        ]
-        for turn in track(turns, "Rounds", console=Console(stderr=True), transient=True):
-            rounds.take(*turn)
+        turns = list(itertools.product(rows, range(args.rounds + 1)))
+        for row, idx in track(turns, "Rounds", console=Console(stderr=True), transient=True):
+            found.append(Ceilings.measure(args.threads))
+            for worker in workers[:: 1 if idx % 2 else -1]:
+                rounds.take(row, idx, worker)
     finally:
         for worker in workers:
             worker.close()
-    best = best.joined(Ceilings.measure(args.threads))
+    best = Ceilings.middle(found)
     head |= {"read_GB/s": best.read_bytes / 1e9, "int8_GOP/s": best.int8_ops / 1e9}
     head |= {
         "weights_GB": load.step_bytes / 1e9,

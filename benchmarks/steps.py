@@ -174,9 +174,12 @@ def main(argv: list[str]) -> int:
     if args.repeats < 1 or args.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
     decoder = TimedDecoder(open_model(resolve(args.model), threads=args.threads).decoder)
-    best = Ceilings.measure(args.threads)
-    rows = [row for name in names for row in measure(decoder, name, best, args.repeats)]
-    best = best.joined(Ceilings.measure(args.threads))
+    rows: list[dict[str, Any]] = []
+    found: list[Ceilings] = []
+    for name in names:
+        found.append(Ceilings.measure(args.threads))
+        rows += measure(decoder, name, found[-1], args.repeats)
+    best = Ceilings.middle(found)
     head = harness.environment(args.threads) | {
         "model": Path(args.model).name,
         "read_GB/s": best.read_bytes / 1e9,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,11 @@ CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What memory and processor give at best, measured on all threads together."""
+    """What memory and processor give, measured on all threads together, the memory as a median.
+
+    A machine that is shared has moments in which its memory is twice as fast: what a share of them
+    means is told by measuring them again and again beside what they are compared with.
+    """
 
     read_bytes: float  # per second, of data that no cache holds
     int8_ops: float  # multiplications and additions per second; 0: not known for this processor
@@ -41,23 +46,27 @@ class Ceilings:
         finally:
             _core.set_num_threads(before)
 
-    def joined(self, other: Ceilings) -> Ceilings:
-        """Return the higher of both."""
-        return Ceilings(max(self.read_bytes, other.read_bytes), max(self.int8_ops, other.int8_ops))
+    @classmethod
+    def middle(cls, found: Sequence[Ceilings]) -> Ceilings:
+        """Return the medians of several measurements."""
+        return cls(
+            statistics.median(each.read_bytes for each in found),
+            statistics.median(each.int8_ops for each in found),
+        )
 
 
 def read_bytes_per_second(threads: int) -> float:
-    """Return the best rate at which all threads together read 512 MB that no cache holds."""
+    """Return the rate at which all threads together read 512 MB that no cache holds: a median."""
     find = ctypes.CDLL(None).memchr
     find.argtypes, find.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], ctypes.c_void_p
     arrays = [np.ones(2**29 // threads, np.uint8) for _ in range(threads)]
-    best = float("inf")
+    times = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(9):
             begin = time.perf_counter()
             list(pool.map(lambda a: find(a.ctypes.data, 0, a.nbytes), arrays))
-            best = min(best, time.perf_counter() - begin)
-    return sum(array.nbytes for array in arrays) / best
+            times.append(time.perf_counter() - begin)
+    return sum(array.nbytes for array in arrays) / statistics.median(times)
 
 
 @dataclass(frozen=True)
@@ -216,23 +225,25 @@ class Bench:
         Returns
         -------
         dict
-            `read_GB/s` and `int8_GOP/s`, the ceilings, and `rows`: `task`, and `median`, `min` and
-            `max` of what its times come to. `%read` and `%int8` are the shares of the ceilings that
-            the weights' bytes and products come to, at the medians.
+            `read_GB/s` and `int8_GOP/s`, the ceilings, measured before each round, and `rows`:
+            `task`, and `median`, `min` and `max` of what its times come to. `%read` and `%int8` are
+            the shares of the ceilings that the weights' bytes and products come to, at the medians.
         """
         report = progress if progress is not None else (lambda share, what: None)
         threads, load = self._decoder.device.threads, Load.of(self._decoder.weights)
-        ceilings = Ceilings.measure(threads)
+        found: list[Ceilings] = []
         samples: dict[str, list[dict[str, float]]] = {name: [] for name in TASKS}
         turns = [(idx, name) for idx in range(rounds + 1) for name in TASKS]
         for place, (idx, name) in enumerate(turns):
             report(place / len(turns), name)
+            if place % len(TASKS) == 0:
+                found.append(Ceilings.measure(threads))
             task = TASKS[name]
             timing = run(self.engine, self._prompts(idx, task), task.params)
             if idx:
                 values = task.values(timing.first_s, timing.total_s, timing.tokens_between)
                 samples[name].append(values)
-        ceilings = ceilings.joined(Ceilings.measure(threads))
+        ceilings = Ceilings.middle(found)
         rows = []
         for name, task in TASKS.items():
             spreads = {key: spread([s[key] for s in samples[name]]) for key in samples[name][0]}
