@@ -74,7 +74,7 @@ def test_shares_of_the_ceilings() -> None:
 def test_bench_measures_and_writes_json(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     words = ["bench", str(tiny), "--rounds", "1", "--threads", "1", "--json", str(file)]
-    result = CliRunner().invoke(cli.main, words)
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(cli.main, words)
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text())
     assert [row["task"] for row in found["rows"]] == list(bench.TASKS)
@@ -85,6 +85,7 @@ def test_bench_measures_and_writes_json(tiny: Path, tmp_path: Path) -> None:
         assert row["prompt tok/s"]["median"] > 0
         assert ("tok/s" in row) == (task.max_tokens > 1 and task.num_beams == 1)
     assert "beam search" in result.output
+    assert "\u2026" not in result.output  # nothing is cut off
 
 
 def test_bench_refuses_a_short_context(tmp_path: Path) -> None:

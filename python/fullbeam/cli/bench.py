@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fullbeam.cli.command import Command, open_console, show_progress
+
+if TYPE_CHECKING:
+    from rich.console import JustifyMethod
 
 
 @click.command(cls=Command)
@@ -48,8 +51,10 @@ def bench(model: str | None, file: Path | None, rounds: int, threads: int | None
     for name, value in (head | found).items():
         facts.add_row(name, _figure(value))
     names = dict.fromkeys(name for row in rows for name in row)
-    table = Table(*names, "spread %")
-    table.columns[0].no_wrap = True
+    table = Table(box=None, pad_edge=False)
+    for name in (*names, "spread %"):  # titles over several lines, so that 80 columns are enough
+        side: JustifyMethod = "left" if name == "task" else "right"
+        table.add_column(name.replace(" ", "\n"), justify=side, no_wrap=True, vertical="bottom")
     for row in rows:
         total = row["total s"]
         spread = 100 * (total["max"] - total["min"]) / total["median"]
