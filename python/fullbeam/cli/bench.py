@@ -51,7 +51,7 @@ def bench(model: str | None, file: Path | None, rounds: int, threads: int | None
     for name, value in (head | found).items():
         facts.add_row(name, _figure(value))
     names = dict.fromkeys(name for row in rows for name in row)
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for name in (*names, "spread %"):  # titles over several lines, so that 80 columns are enough
         side: JustifyMethod = "left" if name == "task" else "right"
         table.add_column(name.replace(" ", "\n"), justify=side, no_wrap=True, vertical="bottom")
