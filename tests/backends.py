@@ -24,11 +24,12 @@ import numpy as np
 from fullbeam import _core
 
 CPU = _core.available_isas()
-# Compute capability, multiprocessors, shared memory that a block may have.
+# Compute capability, multiprocessors, shared memory that a block may have, blocks of a cluster.
 EMULATED = {
-    "emulated": (9, 0, 4, 227 << 10),
-    "emulated_sm80": (8, 0, 4, 163 << 10),
-    "emulated_sm120": (12, 0, 4, 99 << 10),
+    "emulated": (9, 0, 4, 227 << 10, 8),
+    "emulated_slice": (9, 0, 4, 227 << 10, 4),  # of a GPU
+    "emulated_sm80": (8, 0, 4, 163 << 10, 1),
+    "emulated_sm120": (12, 0, 4, 99 << 10, 8),
 }
 ROOT = Path(__file__).parent.parent
 

@@ -337,7 +337,8 @@ void beam_step(const BeamStepParams& p) {
                          std::to_string(p.max_beam) + " beams, got " + std::to_string(p.num_beams) +
                          ": call it for fewer requests at a time");
   }
-  const RowLaunch plan = plan_rows("beam_step", p.num_beams, p.vocab_size);
+  const RowLaunch plan =
+      choose_rows<BeamRow, BeamRow::Params>("beam_step", p.num_beams, p.vocab_size);
   const std::int64_t beams_bytes = p.num_beams * std::int64_t{sizeof(BeamTokens)};
   auto* bytes = static_cast<char*>(workspace(plan.stats_bytes + beams_bytes + most_keys * 8));
   auto* row_counters = counters(p.num_beams + 2);

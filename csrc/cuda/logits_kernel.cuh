@@ -73,36 +73,50 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2)
   s.row.team.sync();  // others may still read this block's memory, and what `op` refers to
 }
 
-// Of one launch, for `num_rows` rows.
+// Of one launch.
 struct RowLaunch {
   RowTuning tuning;
-  std::int64_t num_rows, num_floats;  // of tiles and stats in shared memory
-  std::int64_t stats_bytes;           // of stats in global memory
+  Shape shape;
+  std::int64_t stats_bytes;  // of stats in global memory
 };
 
-inline RowLaunch plan_rows(const char* op, std::int64_t num_rows, std::int64_t vocab_size) {
+template <class Op>
+inline RowLaunch plan_rows(std::int64_t num_rows, std::int64_t vocab_size, bool is_cluster) {
+  const RowTuning tuning = tune_rows(vocab_size, is_cluster);
+  const std::int64_t num_strips = (vocab_size + kStrip - 1) / kStrip;
+  const std::int64_t own = is_cluster ? tuning.part_strips * (kStrip + 4) : 0;
+  return {tuning,
+          {.grid = static_cast<unsigned>(num_rows * tuning.num_parts),
+           .block = static_cast<unsigned>(tuning.threads),
+           .shared_bytes = bytes_before_tiles<Op>() + (own + tuning.tile_strips * kStrip) * 4,
+           .cluster = is_cluster ? tuning.num_parts : 1},
+          is_cluster ? 0 : num_rows * 4 * num_strips * 4};
+}
+
+// Chooses the way: clusters, wherever the device can hold one.
+template <class Op, class Params>
+inline RowLaunch choose_rows(const char* op, std::int64_t num_rows, std::int64_t vocab_size) {
   if (vocab_size > kMaxVocab) {
     throw NotImplemented(std::string(op) + ": vocab_size must be at most " +
                          std::to_string(kMaxVocab) + " on CUDA, got " + std::to_string(vocab_size));
   }
-  const RowTuning tuning = choose_rows(device_info(), vocab_size);
-  const std::int64_t num_strips = (vocab_size + kStrip - 1) / kStrip;
-  const std::int64_t own = tuning.is_cluster ? tuning.part_strips * (kStrip + 4) : 0;
-  return {tuning, num_rows, own + tuning.tile_strips * kStrip,
-          tuning.is_cluster ? 0 : num_rows * 4 * num_strips * 4};
+  const DeviceInfo device = device_info();
+  if (device.is_hopper && vocab_size > std::int64_t{kCluster} * kStrip) {
+    const RowLaunch plan = plan_rows<Op>(num_rows, vocab_size, true);
+    if (plan.shape.shared_bytes <= device.max_shared_bytes &&
+        fits_cluster(&row_kernel<Op, Params>, plan.shape)) {
+      return plan;
+    }
+  }
+  return plan_rows<Op>(num_rows, vocab_size, false);
 }
 
 // Runs the op on rows; `stats` has plan.stats_bytes, and each row a counter.
 template <class Op, class Params>
 inline void launch_rows(const RowLaunch& plan, const Params& p, void* stats,
                         unsigned* row_counters) {
-  const RowTuning& tuning = plan.tuning;
-  launch(&row_kernel<Op, Params>,
-         {.grid = static_cast<unsigned>(plan.num_rows * tuning.num_parts),
-          .block = static_cast<unsigned>(tuning.threads),
-          .shared_bytes = bytes_before_tiles<Op>() + plan.num_floats * 4,
-          .cluster = tuning.is_cluster ? tuning.num_parts : 1},
-         p, tuning, static_cast<float*>(stats), row_counters);
+  launch(&row_kernel<Op, Params>, plan.shape, p, plan.tuning, static_cast<float*>(stats),
+         row_counters);
 }
 
 }  // namespace fullbeam::cuda

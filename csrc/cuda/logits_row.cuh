@@ -211,7 +211,7 @@ struct RowShared {
   int strips[kMaxTile];
 };
 
-// How a row is cut up: printable, and chosen by the vocabulary and the device alone.
+// How a row is cut up: by the vocabulary and the way alone.
 struct RowTuning {
   int threads;
   unsigned num_parts;  // blocks of a row: the cluster's, or one per tile
@@ -220,26 +220,21 @@ struct RowTuning {
   bool is_cluster;
 };
 
-inline RowTuning choose_rows(const DeviceInfo& device, std::int64_t vocab_size) {
+// Not measured yet: 64 strips are 32 KB of float32, four blocks a multiprocessor.
+inline RowTuning tune_rows(std::int64_t vocab_size, bool is_cluster) {
   const auto num_strips = static_cast<int>((vocab_size + kStrip - 1) / kStrip);
-  const auto threads_of = [](int strips, int most) {
+  const auto threads_of = [](int strips) {
     int threads = 32;
-    while (threads < 32 * strips && threads < most) threads *= 2;
+    while (threads < 32 * strips && threads < kMaxRowThreads) threads *= 2;
     return threads;
   };
-  // Not measured yet: 64 strips are 32 KB of float32, four blocks a multiprocessor.
-  const int each = (num_strips + static_cast<int>(kCluster) - 1) / static_cast<int>(kCluster);
-  const int tile = each < kMaxTile / 2 ? each : kMaxTile / 2;
-  const std::int64_t bytes =
-      std::int64_t{sizeof(RowShared)} + 1024 + (each * (kStrip + 4) + tile * kStrip) * 4;
-  if (device.is_hopper && num_strips > static_cast<int>(kCluster) &&
-      bytes <= device.max_shared_bytes) {
-    return {threads_of(each, kMaxRowThreads), kCluster, each, tile, true};
+  if (is_cluster) {
+    const int each = (num_strips + static_cast<int>(kCluster) - 1) / static_cast<int>(kCluster);
+    return {threads_of(each), kCluster, each, each < kMaxTile / 2 ? each : kMaxTile / 2, true};
   }
   const int strips = num_strips < kMaxTile ? (num_strips > 0 ? num_strips : 1) : kMaxTile;
   const int num_parts = num_strips > strips ? (num_strips + strips - 1) / strips : 1;
-  return {threads_of(strips, kMaxRowThreads), static_cast<unsigned>(num_parts), strips, strips,
-          false};
+  return {threads_of(strips), static_cast<unsigned>(num_parts), strips, strips, false};
 }
 
 __device__ inline RowShared& row_shared() {

@@ -51,7 +51,8 @@ struct LogprobsRow {
 
 void logprobs(const LogprobsParams& p) {
   if (p.num_rows == 0) return;
-  const RowLaunch plan = plan_rows("logprobs", p.num_rows, p.vocab_size);
+  const RowLaunch plan =
+      choose_rows<LogprobsRow, LogprobsParams>("logprobs", p.num_rows, p.vocab_size);
   launch_rows<LogprobsRow>(plan, p, workspace(plan.stats_bytes), counters(p.num_rows));
 }
 

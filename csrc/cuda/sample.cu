@@ -297,7 +297,7 @@ struct SampleRow {
 
 void sample(const SampleParams& p) {
   if (p.num_rows == 0) return;
-  const RowLaunch plan = plan_rows("sample", p.num_rows, p.vocab_size);
+  const RowLaunch plan = choose_rows<SampleRow, SampleParams>("sample", p.num_rows, p.vocab_size);
   launch_rows<SampleRow>(plan, p, workspace(plan.stats_bytes), counters(p.num_rows));
 }
 

@@ -432,14 +432,25 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   }
   return cudaSuccess;
 }
-template <class Kernel>
-inline cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
   return value <= emulate::device.shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <class Kernel>
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, Kernel*, int,
                                                                  std::size_t) {
   *count = 2;
+  return cudaSuccess;
+}
+// Clusters of the config's size that run at once.
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*,
+                                                  const cudaLaunchConfig_t* config) {
+  *count = 0;
+  if (emulate::device.major != 9) return cudaErrorNotSupported;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    *count =
+        static_cast<int>(config->attrs[i].val.clusterDim.x) <= emulate::device.max_cluster ? 1 : 0;
+  }
   return cudaSuccess;
 }
 // Streams, of which emulate::captured_stream may be recorded for a graph: then what waits is
@@ -492,7 +503,8 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
     const dim3 cluster = config->attrs[i].val.clusterDim;
     // Later devices would run the code for capability 80, whose clusters have one block.
     if (emulate::device.major != 9) return cudaErrorNotSupported;
-    if (cluster.y != 1 || cluster.z != 1 || cluster.x > 8 || grid.grid.x % cluster.x != 0) {
+    if (cluster.y != 1 || cluster.z != 1 ||
+        static_cast<int>(cluster.x) > emulate::device.max_cluster || grid.grid.x % cluster.x != 0) {
       return cudaErrorInvalidConfiguration;
     }
     grid.cluster = cluster.x;

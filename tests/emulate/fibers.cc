@@ -8,6 +8,8 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "core/stream.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -406,8 +408,12 @@ extern "C" __attribute__((visibility("default"))) void emulate_set_seed(std::uin
   emulate::seed = seed;
   emulate::random_state = (seed * 0x9E3779B97F4A7C15u ^ test * 0xD1B54A32D192ED03u) | 1;
 }
+// With a number of its own where it holds less than other Hopper devices: the library keeps what a
+// device has told of its clusters.
 extern "C" __attribute__((visibility("default"))) void emulate_set_device(int major, int minor,
                                                                           int num_sms,
-                                                                          int shared_bytes) {
-  emulate::device = {major, minor, num_sms, shared_bytes};
+                                                                          int shared_bytes,
+                                                                          int max_cluster) {
+  emulate::device = {major, minor, num_sms, shared_bytes, max_cluster};
+  fullbeam::current_stream().device_idx = max_cluster < 8 ? 1 : 0;
 }

@@ -88,6 +88,7 @@ extern unsigned cluster_size;
 // What the emulated device is; set by the tests (emulate_set_device).
 struct Device {
   int major = 9, minor = 0, num_sms = 4, shared_bytes = 227 << 10;  // of a block
+  int max_cluster = 8;                                              // blocks
 };
 extern Device device;
 extern int current_device;  // the thread's

@@ -452,7 +452,7 @@ def test_attention_decode_is_the_same_bits_on_any_number_of_multiprocessors(rng:
     q, kv = halves(rng.standard_normal((12, 4, 32)), kv, "float16")
     expected = decode(q, kv, scale=0.2)
     for num_sms in (1, 2, 7, 132):
-        ops._core.emulate_set_device(9, 0, num_sms, 227 << 10)
+        ops._core.emulate_set_device(9, 0, num_sms, 227 << 10, 8)
         np.testing.assert_array_equal(decode(q, kv, scale=0.2), expected)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends import CPU, CUDA_OLD_AND_NEW
+from backends import CPU, CUDA_OLD_AND_NEW, EMULATED
 from fullbeam import ops, reference
 from op_helpers import HALF_DTYPES, as_activation, guarded, num_threads, strided, wide
 
@@ -668,6 +668,18 @@ def test_beam_step_of_several_parts_of_a_row(terminator_share: float) -> None:
         first, again = assert_as_reference(batch.arguments), step(batch.arguments)
         for part, same in zip(first, again, strict=True):
             np.testing.assert_array_equal(part, same)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_beam_step_is_the_same_bits_where_no_cluster_fits() -> None:
+    arguments = make_batch(
+        5, vocab_size=9001, num_requests=1, max_groups=2, max_width=3,
+        terminator_share=0.5, allowed_share=0.5, grid=0.0,
+    ).arguments  # fmt: skip
+    clusters = step(arguments)
+    ops._core.emulate_set_device(*EMULATED["emulated_slice"])
+    for ours, theirs in zip(clusters, step(arguments), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends import CPU, CUDA, CUDA_OLD_AND_NEW
+from backends import CPU, CUDA, CUDA_OLD_AND_NEW, EMULATED
 from fullbeam import ops, reference
 from op_helpers import HALF_DTYPES, as_activation, assert_accurate, guarded, num_threads, strided
 from op_helpers import wide as in_float64
@@ -158,6 +158,16 @@ def test_logprobs_of_several_parts_of_a_row(rng: Any, num_top: int) -> None:
         np.testing.assert_allclose(ours, oracle, rtol=1e-6)
     for part, again in zip(found, ops.logprobs(logits, token_ids, num_top=num_top), strict=True):
         np.testing.assert_array_equal(part, again)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+def test_logprobs_are_the_same_bits_where_no_cluster_fits(rng: Any) -> None:
+    logits = (rng.standard_normal((3, 9001)) * 3).astype(np.float32)
+    token_ids = np.array([9000, -1, 5], np.int32)
+    clusters = ops.logprobs(logits, token_ids, num_top=7)
+    ops._core.emulate_set_device(*EMULATED["emulated_slice"])
+    for ours, theirs in zip(clusters, ops.logprobs(logits, token_ids, num_top=7), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", CUDA_OLD_AND_NEW, indirect=True)

@@ -679,7 +679,7 @@ def test_sample_gives_the_same_bits_in_clusters_and_without(rng: Any) -> None:
     logits[20], logits[21, 5], logits[22, [3, 8000]] = -INF, NAN, INF
     settings = mixed_settings(rng, 26, 9001)
     clusters = ops.sample(logits, **settings)
-    for without in ("emulated_sm80", "emulated_sm120"):
+    for without in ("emulated_slice", "emulated_sm80", "emulated_sm120"):
         ops._core.emulate_set_device(*EMULATED[without])
         for ours, theirs in zip(clusters, ops.sample(logits, **settings), strict=True):
             np.testing.assert_array_equal(ours, theirs)
