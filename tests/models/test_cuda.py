@@ -8,6 +8,7 @@ tokens are the same, log-probabilities up to rounding.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,27 @@ def test_only_choices_from_the_models_own_rows_are_kept(backend: str) -> None:
                 logprobs = torch.log_softmax(logits.cpu(), 1)[[0, 1], [3, 5]]
                 assert found[0] == pytest.approx(logprobs.numpy(), rel=1e-5)
                 assert len(device._selections) == num_kept
+
+
+@pytest.mark.parametrize("backend", backends.CUDA, indirect=True)
+def test_programs_and_choices_come_and_go(backend: str) -> None:
+    """Their memory goes with them, at once, and the next ones get some."""
+    from fullbeam.engine.cuda import CudaDevice
+
+    device = CudaDevice("cuda" if backend == "cuda" else "cpu", dtype="float32")
+    options = {"token_ids": np.array([3], np.int32)}
+    with device.active():
+        counts, logits = device.zeros((4,), "int32"), device.zeros((2, 40), "float32")
+        for _ in range(2):
+            program = device.program(lambda: counts.add_(1))
+            for _ in range(3):
+                program.run()
+                device.select(ops.logprobs, logits[:1], options, num_top=1).read()
+            _, selection = device._selections.popitem()
+            gone = weakref.ref(selection)
+            del program, selection
+            assert gone() is None
+        assert counts.tolist() == [6] * 4
 
 
 def test_a_full_gpu_says_what_to_lower() -> None:

@@ -55,8 +55,16 @@ class CudaDevice:
         self._pool: Any = None
         self._selections: OrderedDict[Hashable, _Selection] = OrderedDict()
         if self._is_gpu:
-            self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            # All graphs take memory from the pool of this one, which stays: torch gives a pool up
+            # with its last graph, and fails where another then asks for it.
+            self._first_graph = torch.cuda.CUDAGraph()
+            with self.active():
+                spare = self.zeros((1,), "int32").zero_()
+                self._first_graph.capture_begin(capture_error_mode="thread_local")
+                spare.zero_()
+                self._first_graph.capture_end()
+            self._pool = self._first_graph.pool()
 
     @property
     def _is_gpu(self) -> bool:
@@ -182,20 +190,21 @@ class _Selection:
         num_drawn: int,
         more: Mapping[str, Any],
     ) -> None:
-        self._inputs = device.inputs(shapes)
-        self._drawn = device.zeros((num_drawn,), "int32")
-        self._results: tuple[Array, ...] = ()
+        self._inputs = inputs = device.inputs(shapes)
+        self._drawn = tokens = device.zeros((num_drawn,), "int32")
+        self._results: list[Array] = []
+        results = self._results
 
-        def record() -> None:
-            options = dict(self._inputs.device)
+        def record() -> None:  # doesn't hold this object, so that a graph is gone with its last use
+            options = dict(inputs.device)
             if num_drawn:
                 last = options["history_last"]
-                options["history_last"] = device.merged(last, last, self._drawn)
-            self._results = op(logits, **options, **more)
+                options["history_last"] = device.merged(last, last, tokens)
+            results[:] = op(logits, **options, **more)
 
         self._program = device.program(record)
 
-    def run(self, arrays: Mapping[str, HostArray], drawn: Array | None) -> tuple[Array, ...]:
+    def run(self, arrays: Mapping[str, HostArray], drawn: Array | None) -> list[Array]:
         for name, array in arrays.items():
             self._inputs.host[name][: len(array)] = array
         self._inputs.send()
