@@ -96,6 +96,13 @@ def test_bench_refuses_a_short_context(tmp_path: Path) -> None:
     assert "context must be at least 513, got 512" in result.output
 
 
+def test_bench_looks_for_the_folder_of_its_file_first(tmp_path: Path) -> None:
+    words = ["bench", str(tmp_path / "no.gguf"), "--json", str(tmp_path / "none" / "x.json")]
+    result = CliRunner().invoke(cli.main, words)
+    assert result.exit_code == 2
+    assert "json must be in a folder that exists, got " in result.output
+
+
 def test_what_fails_in_a_request_is_raised(tiny: Path) -> None:
     engine = bench.Bench(open_model(tiny, threads=1)).engine
     with pytest.raises(ValueError, match="1000000"):

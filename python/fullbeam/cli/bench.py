@@ -34,6 +34,8 @@ def bench(model: str | None, file: Path | None, rounds: int, threads: int | None
     from fullbeam.models import open_model
     from fullbeam.models.catalog import resolve
 
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"bench: json must be in a folder that exists, got {str(file)!r}")
     with show_progress() as progress:
         opened = open_model(resolve(model, progress=progress), threads=threads, progress=progress)
         found = Bench(opened).measure(rounds=rounds, progress=progress)
