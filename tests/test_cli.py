@@ -428,6 +428,8 @@ def test_serve_passes_its_limits_on(
     keys.write_text("# none\n")
     error = one_line(run("serve", "--api-key-file", str(keys)), 2)
     assert error.startswith("Error: serve: api_key_file must hold a key in a line, got none in ")
+    error = one_line(run("serve", "--api-key", "a", "--api-key", " "), 2)
+    assert error == "Error: serve: api_key must not be empty\n"
 
 
 def test_serve_passes_its_options_for_editors_on(

@@ -123,6 +123,8 @@ def serve(
     from fullbeam.server.settings import EditorOptions, Settings
 
     name = model_name(model)
+    if not all(key.strip() for key in api_key):
+        raise ValueError("serve: api_key must not be empty")
     if api_key_file is not None:
         from fullbeam.server.auth import read_keys
 
