@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -139,6 +139,8 @@ def test_unknown_paths_are_refused_by_their_surface(
     response = client.send("GET", path)
     assert response.status_code == 404
     shape(response.json())
+    assert f"GET {path}: Not Found" in response.text
+    assert "No such model" not in response.text
 
 
 def test_wrong_method(client: Client, route: Route) -> None:
@@ -462,6 +464,16 @@ def test_rest_of_a_large_body_does_not_become_a_request(server: Running) -> None
     response = connection.getresponse()
     assert (response.status, response.getheader("connection")) == (413, "close")
     openai_shape(json.loads(response.read()))
+
+
+def test_a_request_without_a_path_is_refused_in_shape(server: Running) -> None:
+    address = urlsplit(server.url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port)
+    with closing(connection):
+        connection.request("OPTIONS", "*")
+        response = connection.getresponse()
+        assert response.status == 404
+        openai_shape(json.loads(response.read()))
 
 
 def curl(*words: str) -> str:

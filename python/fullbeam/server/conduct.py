@@ -55,7 +55,8 @@ class Conduct:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        surface = next(surface for surface in self._surfaces if surface.owns(scope["path"]))
+        owners = (surface for surface in self._surfaces if surface.owns(scope["path"]))
+        surface = next(owners, self._surfaces[-1])  # "OPTIONS *" has no path
         record = Record(surface, _request_id(headers), scope["method"])
         scope.setdefault("state", {})["record"] = record
         receive = _limited(receive, headers, record, self._service.settings.max_body_bytes)

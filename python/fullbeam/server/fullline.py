@@ -172,6 +172,8 @@ def _render(error: ApiError) -> Response:
         kind, validator, value = error.kind, error.validator, error.value
     elif error.code is not None:
         kind = "".join(word.capitalize() for word in error.code.split("_"))
+    if error.code == "unknown_url":
+        del messages[404]
     body = {
         "code": error.status,
         "message": messages.get(error.status, "gpt cannot answer"),
