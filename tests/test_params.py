@@ -201,6 +201,8 @@ def test_frozen_comparable_and_copyable() -> None:
         ({"beam_size": 2, "top_n": 3}, "top_n", "left out unless mode is given"),
         ({"beam_size": 2, "group_answers": True}, "group_answers", "left out unless mode"),
         ({"beam_size": 2, "mode": "FULL_LINE", "n": 2}, "n", "left out beside mode"),
+        ({"beam_size": 2, "mode": "FULL_LINE", "echo": True}, "echo", "left out beside mode"),
+        ({"beam_size": 2, "mode": "FULL_LINE", "logprobs": 1}, "logprobs", "left out beside mode"),
         (
             {"beam_size": 2, "length_penalty": 1, "len_norm_pow": 0.7},
             "length_penalty",

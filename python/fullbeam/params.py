@@ -177,6 +177,7 @@ class CompletionParams:
             self._refuse(("length_penalty",), "left out beside len_norm_base and len_norm_pow")
         if self.mode is not None:
             self._refuse(("n",), "left out beside mode: top_n is the number of suggestions")
+            self._refuse(_REPORT_FIELDS, "left out beside mode: suggestions come by themselves")
             return
         self._refuse(_MODE_FIELDS, "left out unless mode is given")
         if self.n > self.width:
@@ -336,6 +337,7 @@ _MODE_FIELDS = (
     "min_edit_dist",
     "keep_kinds",
 )
+_REPORT_FIELDS = ("echo", "logprobs", "prompt_logprobs")  # of texts, not of suggestions
 _SEARCH_FIELDS = (
     "diversity_groups",
     "diversity_strength",
