@@ -239,8 +239,12 @@ class Engine:
         """Complete one prompt by stepping here until it is done; return its choices in order."""
         events: list[Event] = []
         request = self.submit(prompt, params, on_event=events.append)
-        while not request.closed:
-            self.step()
+        try:
+            while not request.closed:
+                self.step()
+        except BaseException:  # an interrupt, say
+            self.cancel(request)
+            raise
         pieces = []
         for event in events:
             if isinstance(event, Exception):
