@@ -93,6 +93,7 @@ def test_answers_are_those_of_python(make_client: Any, model: Model, fields: Any
         ({"prompt": ["a", "b"], "max_tokens": 1000}, "max_tokens"),
         ({"prompt": "a" * 300}, "prompt"),
         ({"prompt": "a", "stop_token_ids": [99]}, "stop_token_ids"),
+        ({"prompt": "a", "allowed_token_ids": [2], "bad_words": ["a"]}, "allowed_token_ids"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -102,6 +103,16 @@ def test_errors_of_the_engine(
     client = make_client()
     client.model = model
     assert client.error_of(400, **fields, stream=stream)["param"] == param
+    wait_idle(model)
+
+
+def test_a_stream_ends_with_the_field_that_leaves_no_token(make_client: Any, model: Model) -> None:
+    client = make_client()
+    client.model = model
+    *texts, last = client.events(prompt="a", allowed_token_ids=[2], bad_words=["aa"])
+    assert [text["choices"][0]["text"] for text in texts] == ["a"]
+    error = last["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "allowed_token_ids")
     wait_idle(model)
 
 

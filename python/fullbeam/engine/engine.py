@@ -384,9 +384,7 @@ class Engine:
                 request.note_tokens(now, count)
         self._num_computed_tokens += sum(work.count for work in works)
         for sequence in failed:
-            reason = "all are banned, or the model gave no finite logit"
-            error = RuntimeError(f"engine: no token can follow: {reason}")
-            self._fail(sequence.request, error)
+            self._fail(sequence.request, _no_token(sequence))
         for row in changed:
             if row.finish_reason is not None or row.sequence.request.stream:
                 self._report(row)
@@ -435,6 +433,18 @@ def _fault(what: str, cause: Exception) -> RuntimeError:
     error = RuntimeError(f"engine: {what}: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error
+
+
+def _no_token(sequence: TokenSequence) -> Exception:
+    """Return why none could be drawn: what the caller asked for leaves none, or a fault."""
+    request = sequence.request
+    masks = [row.masks([])[0] for row in sequence.rows]
+    if all(mask is None or mask.any() for mask in masks):
+        return RuntimeError("engine: no token can follow: the model gave no finite logit")
+    names = ("allowed_token_ids", "bad_words", "prefix", "token_healing", "min_tokens")
+    first, *others = [name for name in names if getattr(request.params, name)]
+    beside = f" beside {', '.join(others)}" if others else ""
+    return ValueError(f"complete: {first} must leave a token that can follow{beside}")
 
 
 def _at_least(name: str, value: Any, bound: int) -> None:

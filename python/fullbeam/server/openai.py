@@ -156,7 +156,10 @@ async def completion_events(
             begun.add(piece.index)
             yield event(envelope.wrap([choice]) | no_usage)
             piece = await _next(rest)
-    except Exception as error:  # the status line is gone: tell the client within the stream
+    except ValueError as error:  # the status line is gone: tell the client within the stream
+        yield event(error_body(from_value_error(error)))
+        return
+    except Exception as error:
         yield event(error_body(internal_error(error)))
         return
     if include_usage:
