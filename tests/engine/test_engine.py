@@ -432,8 +432,42 @@ def test_when_no_token_is_allowed_the_request_fails() -> None:
     harness = Harness()
     request = harness.submit("a", allowed_token_ids=[2], bad_words="a", max_tokens=3)
     harness.run()
-    with pytest.raises(RuntimeError, match="no token can follow"):
+    message = "allowed_token_ids must leave a token that can follow beside bad_words$"
+    with pytest.raises(ValueError, match=message):
         harness.choices(request)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompt_index": -1}, ValueError, "prompt_index must be in 0..4294967295, got -1"),
+        ({"prompt_index": 2**32}, ValueError, "prompt_index must be in 0..4294967295, got 42949"),
+        ({"prompt_index": "1"}, TypeError, "'str' object cannot be interpreted as an integer"),
+        ({"params": {"n": 1}}, TypeError, "params must be CompletionParams, got dict"),
+    ],
+)
+def test_bad_arguments_are_refused_at_the_call(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    engine = Harness().engine
+    with pytest.raises(error, match=message):
+        engine.submit("a", on_event=lambda event: None, **options)
+    assert not engine.step()
+
+
+def test_an_interrupted_call_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness()
+    engine = harness.engine
+    step = engine.step
+
+    def interrupted() -> bool:
+        step()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate("abc", CompletionParams(max_tokens=20, ignore_eos=True))
+    assert engine.stats().num_running == engine.stats().num_used_pages == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"max_rows": 2}, {"num_pages": 8}])

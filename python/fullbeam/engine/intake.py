@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from fullbeam.params import (
 
 _MAX_SCORED_VALUES = 2**20
 """Most log-probabilities of a prompt: so many take seconds and 300 MB as Python objects."""
+
+_MAX_PROMPT_INDEX = 2**32 - 1  # a key of the random draws
 
 
 class Intake:
@@ -48,6 +51,13 @@ class Intake:
         stream: bool,
     ) -> Request:
         """Return the request of `Engine.submit`, which says what is raised."""
+        if not isinstance(params, CompletionParams):
+            kind = type(params).__name__
+            raise TypeError(f"submit: params must be CompletionParams, got {kind}")
+        prompt_index = operator.index(prompt_index)
+        if not 0 <= prompt_index <= _MAX_PROMPT_INDEX:
+            bound = f"in 0..{_MAX_PROMPT_INDEX}"
+            raise ValueError(f"submit: prompt_index must be {bound}, got {prompt_index}")
         self._check_ids(params)
         token_ids, constraint = self._encode(prompt, params)
         self._check_num_scored(len(token_ids), params)
