@@ -288,6 +288,21 @@ def test_thread_starts_with_the_first_call_and_ends_with_the_model() -> None:
     assert not running()
 
 
+def test_a_forked_child_is_told_to_load_a_model_of_its_own(model: Model) -> None:
+    model.complete("a", max_tokens=1)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # rather than waiting for a thread that it has not
+        try:
+            model.complete("a", max_tokens=1)
+        except RuntimeError as error:
+            os._exit(0 if "before this process was forked" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    model.complete("a", max_tokens=1)
+
+
 def test_failure_reaches_the_caller_and_the_model_goes_on(model: Model) -> None:
     model.engine._runner._decoder.fail_at = 1  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="the step failed"):

@@ -221,6 +221,7 @@ class Model:
         on_event: Callable[[Event], None],
     ) -> list[Request]:
         """Queue all prompts of a call, or none if one is refused."""
+        self._loop.check_process()
         requests: list[Request] = []
         try:
             for idx, item in enumerate(split_prompt(prompt)):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from fullbeam.engine.engine import Engine
@@ -14,8 +15,14 @@ class EngineLoop:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._thread: threading.Thread | None = None
+        self._pid = 0  # of the process that has the thread
         self._stopping = False
         self._lock = threading.Lock()
+
+    def check_process(self) -> None:
+        """Refuse work in a child forked while the thread ran: it has no such thread."""
+        if self._thread is not None and self._pid != os.getpid():
+            raise RuntimeError("submit: the model was used before this process was forked: load it")
 
     def start(self) -> None:
         """Start the thread, if it is not running."""
@@ -24,6 +31,7 @@ class EngineLoop:
                 self._thread = threading.Thread(
                     target=self._loop, name="fullbeam-engine", daemon=True
                 )
+                self._pid = os.getpid()
                 self._thread.start()
 
     def stop(self) -> None:
