@@ -248,6 +248,12 @@ def test_bad_fields(model: Model) -> None:
         model.complete("a", max_token=3)
     with pytest.raises(TypeError, match="params must be given alone, got n as well"):
         model.complete("a", params=CompletionParams(), n=2)
+    with pytest.raises(TypeError, match="params must be CompletionParams, got dict"):
+        model.complete("a", params={"n": 2})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="logit_bias must be token ids with numbers, got str"):
+        model.complete("a", logit_bias={"3": 1})
+    with pytest.raises(ValueError, match="prefix must be valid Unicode without lone surrogates"):
+        model.complete("a", prefix="\ud800")
     with pytest.raises(ValueError, match="temperature"):
         model.complete("a", temperature=float("nan"))
 

@@ -101,6 +101,10 @@ def _flag(field: str, value: Any) -> bool:
 def _text(field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise _kind(field, "a string", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ParameterError(field, "valid Unicode without lone surrogates", value) from None
     return value
 
 
@@ -141,6 +145,8 @@ def _biases(field: str, value: Any) -> tuple[tuple[int, float], ...]:
     for item in value.items() if isinstance(value, Mapping) else value:
         if not isinstance(item, tuple) or len(item) != 2:
             raise _kind(field, kind, item)
+        if not hasattr(item[0], "__index__"):
+            raise _kind(field, kind, item[0])
         pairs[_token_id(field, item[0])] = number(-100, 100)(field, item[1])
     return tuple(sorted(pairs.items()))
 

@@ -279,6 +279,9 @@ def _wrong_kind(where: str, value: object) -> TypeError:
 def _params(params: CompletionParams | None, fields: dict[str, Any]) -> CompletionParams:
     if params is None:
         return CompletionParams(**fields)
+    if not isinstance(params, CompletionParams):
+        kind = type(params).__name__
+        raise TypeError(f"complete: params must be CompletionParams, got {kind}")
     if fields:
         raise TypeError(f"complete: params must be given alone, got {', '.join(fields)} as well")
     return params
