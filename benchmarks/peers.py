@@ -296,7 +296,7 @@ def run(args: argparse.Namespace, head: dict[str, Any], rows: list[str]) -> list
     finally:
         for worker in workers:
             worker.close()
-    best = Ceilings.middle(found)
+    best = Ceilings.joined(found)
     head |= {"read_GB/s": best.read_bytes / 1e9, "int8_GOP/s": best.int8_ops / 1e9}
     head |= {
         "weights_GB": load.step_bytes / 1e9,

@@ -96,6 +96,18 @@ class TimedDecoder(Decoder):
         return True
 
 
+def add_shares(rows: list[dict[str, Any]], best: Ceilings) -> None:
+    """Say of each product how much it is of the ceiling that it is nearer to."""
+    for row in rows:
+        if row["GOP/s"] == "":
+            continue
+        shares = {"GB/s": 1e9 * row["GB/s"] / best.read_bytes}
+        if best.int8_ops:
+            shares["GOP/s"] = 1e9 * row["GOP/s"] / best.int8_ops
+        bound = max(shares, key=lambda key: shares[key])
+        row |= {"%peak": 100 * shares[bound], "bound": bound}
+
+
 def batch_of(ids: Any, start: int) -> Batch:
     """Lay out tokens [num_seqs, count] that begin at position `start` of each sequence."""
     num_seqs, count = ids.shape
@@ -115,7 +127,7 @@ def batch_of(ids: Any, start: int) -> Batch:
     )
 
 
-def measure(decoder: TimedDecoder, name: str, best: Ceilings, repeats: int) -> list[dict[str, Any]]:
+def measure(decoder: TimedDecoder, name: str, repeats: int) -> list[dict[str, Any]]:
     """Return a row for each op of a step, the slowest first."""
     num_seqs, count, start = STEPS[name]
     kv = decoder.allocate_kv(num_seqs * CONTEXT // PAGE_SIZE, PAGE_SIZE)
@@ -144,12 +156,7 @@ def measure(decoder: TimedDecoder, name: str, best: Ceilings, repeats: int) -> l
         row = {"step": name, "op": title, "calls": calls, "us": 1e6 * seconds}
         row |= {"%": 100 * seconds / total, "GB/s": "", "GOP/s": "", "%peak": "", "bound": ""}
         if num_ops:
-            shares = {"GB/s": num_bytes / seconds / best.read_bytes}
-            if best.int8_ops:
-                shares["GOP/s"] = num_ops / seconds / best.int8_ops
-            bound = max(shares, key=lambda key: shares[key])
             row |= {"GB/s": num_bytes / seconds / 1e9, "GOP/s": num_ops / seconds / 1e9}
-            row |= {"%peak": 100 * shares[bound], "bound": bound}
         rows.append(row)
     rows.sort(key=lambda row: -float(row["us"]))
     known = sum(float(row["us"]) for row in rows)
@@ -178,8 +185,9 @@ def main(argv: list[str]) -> int:
     found: list[Ceilings] = []
     for name in names:
         found.append(Ceilings.measure(args.threads))
-        rows += measure(decoder, name, found[-1], args.repeats)
-    best = Ceilings.middle(found)
+        rows += measure(decoder, name, args.repeats)
+    best = Ceilings.joined([*found, Ceilings.measure(args.threads)])
+    add_shares(rows, best)
     head = harness.environment(args.threads) | {
         "model": Path(args.model).name,
         "read_GB/s": best.read_bytes / 1e9,
