@@ -86,9 +86,15 @@ def test_asynchronous_copies_land_when_they_are_waited_for(check: Check) -> None
 
 
 def test_blocks_of_a_cluster_read_each_others_shared_memory(check: Check) -> None:
-    out = np.zeros(8, np.int32)
+    out = np.zeros((8, 32), np.int32)
     assert check("ranks", out) == ""
-    np.testing.assert_array_equal(out, [1, 2, 3, 0, 5, 6, 7, 4])
+    np.testing.assert_array_equal(out.T, [[1, 2, 3, 0, 5, 6, 7, 4]] * 32)
+
+
+def test_what_reads_the_shared_memory_of_a_block_that_has_returned_shows(check: Check) -> None:
+    out = np.zeros((8, 32), np.int32)
+    assert check("ranks without waiting", out) == ""
+    assert (out == -1).any()
 
 
 def test_a_launch_goes_to_the_device_of_its_stream(check: Check) -> None:

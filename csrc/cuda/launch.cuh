@@ -39,14 +39,16 @@ struct LaunchConfig : cudaLaunchConfig_t {
       attribute.val.clusterDim.x = shape.cluster;
       attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     }
-    if (shape.overlaps && device_info().is_hopper) {
+    const DeviceInfo device = device_info();
+    if (shape.overlaps && device.is_hopper) {
       cudaLaunchAttribute& attribute = attributes[numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
     }
+    // All there is, whatever this launch takes: other threads may launch the kernel with more.
     if (shape.shared_bytes > (48 << 10)) {
       FULLBEAM_CUDA_CALL(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(shape.shared_bytes)));
+                                              static_cast<int>(device.max_shared_bytes)));
     }
   }
   LaunchConfig(const LaunchConfig&) = delete;

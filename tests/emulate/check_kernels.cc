@@ -37,13 +37,13 @@ void copy(const int* from, int* out, bool waits) {
   for (unsigned i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = shared[4 * threadIdx.x + i];
   if (!waits) async_copy_wait<0>();
 }
-void ranks(int* out) {
+void ranks(int* out, bool waits) {
   auto* shared = reinterpret_cast<int*>(dynamic_shared());
   if (threadIdx.x == 0) *shared = static_cast<int>(blockIdx.x);
   cluster_sync();
   const unsigned next = (cluster_rank() + 1) % cluster_size();
-  out[blockIdx.x] = *map_shared(shared, next);
-  cluster_sync();
+  out[32 * blockIdx.x + threadIdx.x] = *map_shared(shared, next);
+  if (waits) cluster_sync();
 }
 void sums(float* out) {
   auto* shared = reinterpret_cast<float*>(dynamic_shared());
@@ -114,8 +114,9 @@ extern "C" __attribute__((visibility("default"))) const char* emulate_check(cons
     } else if (kernel == "copy" || kernel == "copy without waiting") {
       launch(&copy, {.grid = 1, .block = 32, .shared_bytes = 512}, static_cast<const int*>(in),
              ints, kernel == "copy");
-    } else if (kernel == "ranks") {
-      launch(&ranks, {.grid = 8, .block = 32, .shared_bytes = 16, .cluster = 4}, ints);
+    } else if (kernel == "ranks" || kernel == "ranks without waiting") {
+      launch(&ranks, {.grid = 8, .block = 32, .shared_bytes = 16, .cluster = 4}, ints,
+             kernel == "ranks");
     } else if (kernel == "sums") {
       launch(&sums, {.grid = 1, .block = 256, .shared_bytes = 128}, static_cast<float*>(out));
     } else if (kernel == "product") {

@@ -204,6 +204,8 @@ void leave() {
   if (--block.num_live > 0 && block.barrier.num_arrived == block.num_live) {
     release_barrier(block.barrier);
   }
+  // Nobody may read it any more, of the cluster neither.
+  if (block.num_live == 0) std::memset(block.shared, 0xFF, shared_size);
   if (num_live > 0 && num_cluster_arrived == num_live) release_cluster();
 }
 
