@@ -338,6 +338,16 @@ def test_load_puts_the_parts_together(monkeypatch: pytest.MonkeyPatch, tmp_path:
         load("fake", draft_tokens=-1)
 
 
+@pytest.mark.parametrize("name", ["context", "max_rows", "threads"])
+def test_load_checks_its_numbers_before_the_model_is_read(name: str) -> None:
+    options: Any = {name: "5"}
+    with pytest.raises(TypeError, match=f"load: {name} must be an integer, got str"):
+        load("/no/such.gguf", **options)
+    options = {name: 0}
+    with pytest.raises(ValueError, match=f"load: {name} must be at least 1, got 0"):
+        load("/no/such.gguf", **options)
+
+
 def test_load_refuses_devices() -> None:
     with pytest.raises(ValueError, match="device must be 'auto', 'cpu' or 'cuda', got 'gpu'"):
         load("x", device="gpu")

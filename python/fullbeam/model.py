@@ -14,7 +14,7 @@ import numpy as np
 from fullbeam.engine.device import choose_device
 from fullbeam.engine.engine import Engine
 from fullbeam.engine.loop import EngineLoop
-from fullbeam.engine.memory import PAGE_SIZE, plan_kv, return_free_memory
+from fullbeam.engine.memory import PAGE_SIZE, check_positive, plan_kv, return_free_memory
 from fullbeam.engine.sequence import Event, Request
 from fullbeam.engine.text import Piece, Tokenizer
 from fullbeam.params import CompletionParams
@@ -70,6 +70,9 @@ def load(
         For an unknown model, a device that can't be used, a damaged file, or when there is no room
         for the weights or the KV cache.
     """
+    for name, value in (("context", context), ("max_rows", max_rows), ("threads", threads)):
+        if value is not None:
+            check_positive(name, value)
     computes = choose_device(device, threads)
     from fullbeam.models import open_model
     from fullbeam.models.catalog import resolve

@@ -39,7 +39,7 @@ def plan_kv(
     ValueError
         When `context` or `max_rows` is out of range or there is no memory for it.
     """
-    rows = DEFAULT_MAX_ROWS if max_rows is None else _positive("max_rows", max_rows)
+    rows = DEFAULT_MAX_ROWS if max_rows is None else check_positive("max_rows", max_rows)
     room = int(available_bytes * kv_share) // (bytes_per_token * PAGE_SIZE)  # in pages
     where = f"(KV takes {bytes_per_token} bytes a token, {available_bytes >> 20} MiB are available)"
     if context is None:
@@ -48,7 +48,7 @@ def plan_kv(
             raise ValueError(f"load: context must have room for {min(wanted, 256)} tokens {where}")
         tokens = min(wanted, room * PAGE_SIZE)
     else:
-        tokens = _positive("context", context)
+        tokens = check_positive("context", context)
         if tokens > model_context:
             raise ValueError(f"load: context must be at most {model_context}, got {context}")
         if -(-tokens // PAGE_SIZE) > room:
@@ -88,7 +88,8 @@ def _read(path: str) -> str:
         return ""
 
 
-def _positive(name: str, value: int) -> int:
+def check_positive(name: str, value: int) -> int:
+    """Return an argument of `load` that must be an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"load: {name} must be an integer, got {type(value).__name__}")
     if value < 1:
