@@ -296,6 +296,14 @@ def test_local_hub_file_is_used_without_the_hub(
     assert resolve("tiny") == cache / "tiny.gguf"
 
 
+def test_a_model_is_a_name_or_a_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gemma-3-270m.*absent\.gguf"):
+        catalog.resolve(tmp_path / "absent.gguf")
+    for wrong in (5, b"tiny", ["tiny"]):
+        with pytest.raises(TypeError, match=r"^load: model must be a name or a path, got "):
+            catalog.resolve(wrong)  # type: ignore[arg-type]
+
+
 def test_unknown_name_lists_the_catalogue() -> None:
     with pytest.raises(
         ValueError, match=r"exists, a hub id, or one of gemma-3-270m, qwen.*got 'nope'"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | None
 
 
 def load(
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     *,
     device: str = "auto",
     threads: int | None = None,
@@ -43,7 +44,8 @@ def load(
     Parameters
     ----------
     model
-        Catalogue name, `.gguf` file, folder, or hub id; None: the catalogue's default.
+        Catalogue name, path of a `.gguf` file or a folder, or hub id; None: the catalogue's
+        default.
     device
         "cpu", or "cuda": the GPU that torch takes by default (CUDA_VISIBLE_DEVICES says which);
         several are not used together. "auto" is the CPU, until the engine has been run on a GPU.

@@ -56,7 +56,9 @@ def model_name(model: str | None) -> str:
     return path.stem if path.suffix == ".gguf" else path.name
 
 
-def resolve(model: str | None = None, *, progress: Progress | None = None) -> Path:
+def resolve(
+    model: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
+) -> Path:
     """Path of a model's GGUF file or folder; a catalogue model that is not here yet is fetched.
 
     Parameters
@@ -70,6 +72,8 @@ def resolve(model: str | None = None, *, progress: Progress | None = None) -> Pa
 
     Raises
     ------
+    TypeError
+        For anything but a name or a path.
     ValueError
         For an unknown name (the catalogue is listed), a file that is no GGUF, a folder that holds
         no model.
@@ -77,6 +81,9 @@ def resolve(model: str | None = None, *, progress: Progress | None = None) -> Pa
         When a catalogue model cannot be fetched, or arrives with the wrong checksum.
     """
     name = DEFAULT_MODEL if model is None else model
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    if not isinstance(name, str):
+        raise TypeError(f"load: model must be a name or a path, got {type(name).__name__}")
     if entry := CATALOG.get(name):
         if not entry.file:
             return _hub_model(entry.hub_id, progress)
