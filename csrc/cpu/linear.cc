@@ -28,7 +28,8 @@ constexpr std::int64_t kAhead4 = 2304;
 
 // Quantised activations, by the turns in which tokens meet the panels and, inside a turn, by tiles:
 // what a panel meets lies together, in the order of its tiles. Turns are about equally long, as two
-// whose sums stay in registers beat a longer and a shorter one.
+// whose sums stay in registers beat a longer and a shorter one; above kMaxTokens they are multiples
+// of it.
 struct Activations {
   std::int8_t* values;    // 32 at each place
   float* scales;          // one at each place
@@ -44,6 +45,8 @@ struct Activations {
     const std::int64_t most = tokens <= 2 * kMaxTokens ? kMaxTokens : kMaxTurn;
     const std::int64_t num_turns = (tokens + most - 1) / most;
     turn_tokens = tokens > 0 ? (tokens + num_turns - 1) / num_turns : 1;
+    if (turn_tokens > kMaxTokens)
+      turn_tokens = (turn_tokens + kMaxTokens - 1) / kMaxTokens * kMaxTokens;
     values = static_cast<std::int8_t*>(memory);
     offsets = reinterpret_cast<std::int32_t*>(values + num_places() * kTileCols);
     scales = reinterpret_cast<float*>(offsets + num_places() * kNumOffsets);
@@ -54,9 +57,9 @@ struct Activations {
   std::int64_t turn_count(std::int64_t begin) const {
     return num_tokens - begin < turn_tokens ? num_tokens - begin : turn_tokens;
   }
-  // Of the first token of a turn; those of the others follow.
-  std::int64_t place(std::int64_t begin, std::int64_t tile) const {
-    return begin * num_tiles + tile * turn_count(begin);
+  std::int64_t place(std::int64_t token, std::int64_t tile) const {
+    const std::int64_t begin = token / turn_tokens * turn_tokens;
+    return begin * num_tiles + tile * turn_count(begin) + (token - begin);
   }
 };
 
@@ -82,14 +85,13 @@ FULLBEAM_INLINE void quantise_tile(const float* x, const Activations& a, std::in
   a.scaled_sums[at] = scale * static_cast<float>(sums[0] + sums[1]);
 }
 
-// Tiles [begin, end) of the tokens of a turn: what lies together is written together.
-void quantise_tiles(const LinearParams& p, std::int64_t first_token, std::int64_t begin,
-                    std::int64_t end, const Activations& a) {
-  const std::int64_t count = a.turn_count(first_token);
+// Tiles [begin, end) of `count` tokens of a turn: what lies together is written together.
+void quantise_tiles(const LinearParams& p, std::int64_t token, std::int64_t count,
+                    std::int64_t begin, std::int64_t end, const Activations& a) {
   for (std::int64_t tile = begin; tile < end; ++tile) {
-    const std::int64_t at = a.place(first_token, tile);
+    const std::int64_t at = a.place(token, tile);
     for (std::int64_t t = 0; t < count; ++t) {
-      const float* x = p.x + (first_token + t) * p.x_stride + tile * kTileCols;
+      const float* x = p.x + (token + t) * p.x_stride + tile * kTileCols;
       __builtin_prefetch(x + 4 * kTileCols);  // so short a piece of a row starts no hardware's
       __builtin_prefetch(x + 4 * kTileCols + 16);
       quantise_tile(x, a, at + t);
@@ -97,15 +99,16 @@ void quantise_tiles(const LinearParams& p, std::int64_t first_token, std::int64_
   }
 }
 
-// A thread's share of the tiles of all tokens.
+// A thread's share of the tiles of all tokens, few tokens at a time.
 void quantise_share(const LinearParams& p, const Activations& a, int thread_idx, int num_threads) {
-  const std::int64_t num_turns = (p.num_tokens + a.turn_tokens - 1) / a.turn_tokens;
-  const std::int64_t count = num_turns * a.num_tiles;
+  const std::int64_t few = a.turn_tokens < kMaxTokens ? a.turn_tokens : kMaxTokens;
+  const std::int64_t count = (p.num_tokens + few - 1) / few * a.num_tiles;
   const std::int64_t end = count * (thread_idx + 1) / num_threads;
   for (std::int64_t i = count * thread_idx / num_threads; i < end;) {
-    const std::int64_t turn = i / a.num_tiles, tile = i % a.num_tiles;
+    const std::int64_t token = i / a.num_tiles * few, tile = i % a.num_tiles;
+    const std::int64_t left = p.num_tokens - token;
     const std::int64_t rest = a.num_tiles - tile < end - i ? a.num_tiles - tile : end - i;
-    quantise_tiles(p, turn * a.turn_tokens, tile, tile + rest, a);
+    quantise_tiles(p, token, left < few ? left : few, tile, tile + rest, a);
     i += rest;
   }
 }
