@@ -68,9 +68,11 @@ def load(
 
     Raises
     ------
+    TypeError
+        For a model that is no name or path, or a number that is no integer.
     ValueError
-        For an unknown model, a device that can't be used, a damaged file, or when there is no room
-        for the weights or the KV cache.
+        For an unknown model, a number out of range, a device that can't be used, a damaged file, or
+        when there is no room for the weights or the KV cache.
     """
     for name, value in (("context", context), ("max_rows", max_rows), ("threads", threads)):
         if value is not None:
