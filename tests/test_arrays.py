@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -137,6 +138,87 @@ def test_cuda_tensors_keep_their_checks() -> None:
         ops.rms_norm(tensor(X, requires_grad=True), tensor(ONES), out=tensor(X))
     with pytest.raises(ValueError, match=r"^rms_norm: .* device"):
         ops.rms_norm(tensor(X), ONES, out=tensor(X))
+
+
+TOKEN = np.zeros(2, np.int32)
+ROW: dict[str, Any] = {
+    "temperature": np.zeros(2, np.float32),
+    "top_k": TOKEN,
+    "top_p": np.ones(2, np.float32),
+    "min_p": np.zeros(2, np.float32),
+    "seeds": np.zeros(2, np.uint64),
+    "counters": np.zeros((2, 3), np.uint32),
+}
+BEAMS: dict[str, Any] = {
+    "beam_rows": TOKEN,
+    "sums": np.zeros((2, 2)),
+    "group_starts": np.array([0, 2], np.int32),
+    "request_starts": np.array([0, 1], np.int32),
+    "beam_sizes": np.array([2], np.int32),
+    "diversity_strengths": np.zeros(1, np.float32),
+}
+WEIGHT = ops.pack_weight([(np.zeros(16 * 16 * 4, np.uint8), "F32", (16, 16))])
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "dequantise: data": lambda bad: ops.dequantise(bad, "F32", (2, 2)),
+    "embedding: token_ids": lambda bad: ops.embedding(bad, WEIGHT),
+    "rms_norm: x": lambda bad: ops.rms_norm(bad, ONES),
+    "rms_norm: weight": lambda bad: ops.rms_norm(X, bad),
+    "layer_norm: x": lambda bad: ops.layer_norm(bad, ONES, ONES),
+    "linear: x": lambda bad: ops.linear(bad, WEIGHT),
+    "linear: weight": lambda bad: ops.linear(X, bad),
+    "rope: x": lambda bad: ops.rope(bad, TOKEN, ONES),
+    "kv_write: k": lambda bad: ops.kv_write(bad, X, X, X, TOKEN),
+    "attention_prefill: q": lambda bad: ops.attention_prefill(bad, X, X, X, X, X, scale=1.0),
+    "attention_decode: q": lambda bad: ops.attention_decode(bad, X, X, X, X, scale=1.0),
+    "gated_activation: x": lambda bad: ops.gated_activation(bad),
+    "activation: x": lambda bad: ops.activation(bad),
+    "softcap: x": lambda bad: ops.softcap(bad, 1.0),
+    "logprobs: logits": lambda bad: ops.logprobs(bad, TOKEN),
+    "sample: logits": lambda bad: ops.sample(bad, **ROW),
+    "beam_step: logits": lambda bad: ops.beam_step(bad, **BEAMS),
+    "beam_step: beam_sizes": lambda bad: ops.beam_step(X, **BEAMS | {"beam_sizes": bad}),
+    "beam_step: group_starts": lambda bad: ops.beam_step(X, **BEAMS | {"group_starts": bad}),
+}
+
+
+@pytest.mark.parametrize("bad", [[1.0, 2.0], None, "text", 3, np.float32(3)], ids=repr)
+@pytest.mark.parametrize("argument", CALLS)
+def test_what_is_no_array_is_refused_by_op_and_argument(argument: str, bad: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{argument} must be a .*, got {type(bad).__name__}$"):
+        CALLS[argument](bad)
+
+
+@pytest.mark.parametrize("bad", ["none", 3, [1.0]])
+def test_what_is_no_array_of_the_optional_ones_is_refused_too(bad: Any) -> None:
+    for argument in ("residual", "out"):
+        with pytest.raises(TypeError, match=f"^rms_norm: {argument} must be a numpy array"):
+            ops.rms_norm(X, ONES, **{argument: bad})
+    with pytest.raises(TypeError, match=r"^sample: num_top must be a numpy array"):
+        ops.sample(X, **ROW, num_top=bad)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.ones((2, 16), ">f4"), "must be little-endian"),
+        (np.ones((2, 16), bool), "must have dtype float32"),
+        (np.zeros((), np.float32), r"must be \[num_tokens, 2 \* size\], got \[\]"),
+        (np.ones(16, np.float32), r"must be \[num_tokens, 2 \* size\], got \[16\]"),
+        (np.ones((2, 3), np.float32), "must be of an even number of columns, got 3"),
+    ],
+)
+def test_what_is_wrong_with_an_array_is_told_by_op_and_argument(x: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^gated_activation: x {message}"):
+        ops.gated_activation(x)
+
+
+def test_tensors_of_torch_as_weight_want_tensors_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    weight = torch.ones(16, 16)
+    with pytest.raises(TypeError, match=r"^linear: x must be a torch tensor, .* got ndarray$"):
+        ops.linear(X, weight)
+    with pytest.raises(TypeError, match=r"^linear: bias must be a torch tensor, .* got list$"):
+        ops.linear(torch.ones(2, 16), weight, bias=[1.0])
 
 
 def test_jax_arrays_are_read_where_they_are() -> None:

@@ -39,6 +39,7 @@ class Check {
   // other strides too.
   void tensor(const char* argument, const TensorView& view, std::initializer_list<Size> sizes,
               std::initializer_list<DType> dtypes, bool contiguous = true) {
+    if (!view.fault.empty()) throw TypeError(std::string(op_) + ": " + argument + " " + view.fault);
     bool known = false;
     for (DType dtype : dtypes) known = known || dtype == view.dtype;
     if (!known) {

@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <string>
 
 #include "core/dtype.h"
 
@@ -19,6 +20,7 @@ struct TensorView {
   int num_dims = 0;
   std::array<std::int64_t, kMaxDims> shape{};
   std::array<std::int64_t, kMaxDims> strides{};
+  std::string fault;  // what is wrong with an argument that has no such view, for its op to say
 };
 
 // A dense array in the host's memory.

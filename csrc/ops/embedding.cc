@@ -13,6 +13,8 @@ void embedding(const Tensor& token_ids, const Table& table, const MaybeTensor& r
   check.tensor("token_ids", token_ids, {"num_tokens"}, {DType::i32});
   EmbeddingParams p{};
   if (const auto* dense = std::get_if<Tensor>(&table)) {
+    if (!dense->fault.empty())
+      throw TypeError("embedding: table must be a PackedWeight, or " + dense->fault);
     check.tensor("table", *dense, {"vocab_size", "cols"}, {DType::f32, DType::f16, DType::bf16},
                  false);
     p.table = dense->data;
@@ -29,13 +31,13 @@ void embedding(const Tensor& token_ids, const Table& table, const MaybeTensor& r
     p.num_segments = static_cast<std::int64_t>(packed->segments().size());
     p.cols = packed->cols();
   }
-  check.activation("out", out, {"num_tokens", p.cols});
-  check.writable("out", out);
   if (residual) {
     check.activation("residual", *residual, {"num_tokens", p.cols});
     p.residual = residual->data;
     p.residual_stride = residual->strides[0];
   }
+  check.activation("out", out, {"num_tokens", p.cols});
+  check.writable("out", out);
   p.token_ids = static_cast<const std::int32_t*>(token_ids.data);
   p.out = out.data;
   p.dtype = out.dtype;

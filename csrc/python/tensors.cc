@@ -60,7 +60,7 @@ DType parse_dtype(int code, int bits) {
   if (code == kDlUInt && bits == 64) return DType::u64;
   if (code == kDlUInt && bits == 8) return DType::u8;
   throw TypeError(
-      "array: dtype must be float32, float16, bfloat16, float64, int32, int64, uint32, uint64 or "
+      "must have dtype float32, float16, bfloat16, float64, int32, int64, uint32, uint64 or "
       "uint8, got DLPack code " +
       std::to_string(code) + " with " + std::to_string(bits) + " bits");
 }
@@ -102,8 +102,7 @@ void set_dims(TensorView& view, std::int64_t num_dims) {
 void from_numpy(py::handle source, TensorView& view) {
   const auto array = py::reinterpret_borrow<py::array>(source);
   const py::dtype dtype = array.dtype();
-  if (dtype.byteorder() == '>')
-    throw TypeError("array: byte order must be little-endian, got big-endian");
+  if (dtype.byteorder() == '>') throw TypeError("must be little-endian, got big-endian");
   view.dtype = parse_dtype(code_of_kind(dtype.kind()), static_cast<int>(dtype.itemsize()) * 8);
   view.device = kHostDevice;
   view.is_writable = array.writeable();
@@ -140,11 +139,11 @@ const ArrayType& type_of(py::handle source) {
 void from_dltensor(const DlTensor& t, const ArrayType& type, TensorView& view) {
   const int device = t.device.type;
   if (device != kDlCpu && device != kDlCuda && device != kDlCudaHost) {
-    throw TypeError("array: device must be a CPU or a CUDA device, got DLPack device type " +
+    throw TypeError("must be on a CPU or a CUDA device, got DLPack device type " +
                     std::to_string(device));
   }
   if (t.dtype.lanes != 1)
-    throw TypeError("array: dtype must have one lane, got " + std::to_string(t.dtype.lanes));
+    throw TypeError("must have a dtype of one lane, got " + std::to_string(t.dtype.lanes));
   view.dtype = parse_dtype(t.dtype.code, t.dtype.bits);
   view.device = device == kDlCuda ? Device::cuda : kHostDevice;
   view.device_idx = device == kDlCuda ? t.device.id : 0;
@@ -159,7 +158,7 @@ void from_dltensor(const DlTensor& t, const ArrayType& type, TensorView& view) {
     dense *= t.shape[i];
   }
   if (t.data == nullptr && dense != 0)
-    throw TypeError("array: must have memory, got none, as a fake tensor has");
+    throw TypeError("must have memory, got none, as a fake tensor has");
 }
 
 // Fast, but without the protocol's checks: false for an array that needs them, which a torch tensor
@@ -192,9 +191,7 @@ void from_dlpack(py::handle source, const ArrayType& type, TensorView& view, py:
   owner = capsule;  // an unconsumed capsule frees the tensor itself when it goes
 }
 
-}  // namespace
-
-void view_of(py::handle source, TensorView& view, py::object& owner) {
+void read_view(py::handle source, TensorView& view, py::object& owner) {
   if (py::isinstance<py::array>(source)) {
     from_numpy(source, view);
     owner = py::reinterpret_borrow<py::object>(source);
@@ -206,8 +203,18 @@ void view_of(py::handle source, TensorView& view, py::object& owner) {
   } else if (py::hasattr(source, "__dlpack__")) {
     from_dlpack(source, type, view, owner);
   } else {
-    throw TypeError("array: must be a numpy array or support __dlpack__, got " +
+    throw TypeError("must be a numpy array or support __dlpack__, got " +
                     std::string(py::str(py::type::of(source).attr("__name__"))));
+  }
+}
+
+}  // namespace
+
+void view_of(py::handle source, TensorView& view, py::object& owner) {
+  try {
+    read_view(source, view, owner);
+  } catch (const TypeError& error) {
+    view.fault = error.what();
   }
 }
 

@@ -9,8 +9,7 @@
 
 namespace fullbeam {
 
-// Fills `view`, and `owner` with what keeps the memory alive. Throws TypeError for what is no
-// array.
+// Fills `view`, and `owner` with what keeps the memory alive; of what is no array the view's fault.
 void view_of(pybind11::handle array, TensorView& view, pybind11::object& owner);
 
 // Makes torch's current stream of the device that the call's arrays are on, or the default stream
@@ -31,7 +30,6 @@ template <>
 struct type_caster<fullbeam::TensorView> {
   PYBIND11_TYPE_CASTER(fullbeam::TensorView, const_name("object"));
   bool load(handle source, bool) {
-    if (source.is_none()) return false;
     fullbeam::view_of(source, value, owner_);
     return true;
   }

@@ -43,6 +43,18 @@ __all__ = [
 ]
 
 
+def _size(x: Array, axis: int) -> int:
+    """0 for what has no such axis: the op refuses it then."""
+    shape = getattr(x, "shape", ())
+    return shape[axis] if axis < len(shape) else 0
+
+
+def _largest(x: Array) -> int:
+    """The largest integer in an array, at least 0."""
+    values = x.reshape(-1).tolist() if hasattr(x, "reshape") else []
+    return max([0, *(value for value in values if isinstance(value, int))])
+
+
 def _new(like: Array, shape: tuple[int, ...], dtype: str = "float32") -> Array:
     """Of the kind of `like`, and on its device."""
     if isinstance(like, np.ndarray):
@@ -63,7 +75,7 @@ def _new_activation(like: Array, shape: tuple[int, ...]) -> Array:
     """Of the dtype of `like` too."""
     if hasattr(like, "new_empty"):  # torch
         return like.new_empty(shape)
-    return _new(like, shape, str(like.dtype))
+    return _new(like, shape, str(getattr(like, "dtype", "float32")))
 
 
 def _new_like(x: Array) -> Array:
@@ -74,7 +86,7 @@ def _new_like(x: Array) -> Array:
         import torch
 
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _new_activation(x, tuple(x.shape))
+    return _new_activation(x, tuple(getattr(x, "shape", ())))
 
 
 def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWeight:
@@ -162,7 +174,7 @@ def embedding(
         Of the residual's dtype where there is one.
     """
     if out is None:
-        shape = (token_ids.shape[0], table.shape[1])
+        shape = (_size(token_ids, 0), _size(table, 1))
         out = _new(token_ids, shape) if residual is None else _new_activation(residual, shape)
     _core.embedding(token_ids, table, residual, out, scale)
     return out
@@ -250,10 +262,10 @@ def linear(
     With a PackedWeight, a row of the result is the same bits whatever the other rows are, and
     however many. With a tensor that is up to torch, which chooses a kernel by their number.
     """
-    if hasattr(weight, "addmm"):  # torch
+    if not isinstance(weight, PackedWeight):
         return _torch_linear(x, weight, bias, residual, out)
     if out is None:
-        out = _new(x, (x.shape[0], weight.shape[0]))
+        out = _new(x, (_size(x, 0), _size(weight, 0)))
     _core.linear(x, weight, bias, residual, out)
     return out
 
@@ -261,8 +273,15 @@ def linear(
 def _torch_linear(
     x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None
 ) -> Array:
+    if not hasattr(weight, "addmm"):  # torch
+        kind = type(weight).__name__
+        raise TypeError(f"linear: weight must be a PackedWeight or a torch tensor, got {kind}")
     import torch
 
+    for name, array in {"x": x, "bias": bias, "residual": residual, "out": out}.items():
+        if not isinstance(array, torch.Tensor) and (name == "x" or array is not None):
+            kind = type(array).__name__
+            raise TypeError(f"linear: {name} must be a torch tensor, as weight is, got {kind}")
     if out is None:
         out = x.new_empty((x.shape[0], weight.shape[0]))
     product = weight.t()
@@ -459,7 +478,7 @@ def gated_activation(x: Array, *, activation: str = "silu", out: Array | None = 
     float32 [num_tokens, size]
     """
     if out is None:
-        out = _new_activation(x, (x.shape[0], x.shape[1] // 2))
+        out = _new_activation(x, (_size(x, 0), _size(x, 1) // 2))
     _core.gated_activation(x, out, activation)
     return out
 
@@ -521,7 +540,7 @@ def logprobs(
     top_ids : int32 [num_rows, num_top], best first, ties by lower id
     top_logprobs : float32 [num_rows, num_top]
     """
-    num_rows = logits.shape[0]
+    num_rows = _size(logits, 0)
     chosen = _new(logits, (num_rows,))
     ranks = _new(logits, (num_rows,), "int32")
     top_ids = _new(logits, (num_rows, num_top), "int32")
@@ -622,11 +641,11 @@ def sample(
     which on CUDA waits for the device.
     """
     if out is None:
-        num_rows = logits.shape[0]
+        num_rows = _size(logits, 0)
         out = Sample(_new(logits, (num_rows,), "int32"))
         if num_top is not None:
             if max_top is None:
-                max_top = max(int(num_top.max()), 0) if num_rows else 0
+                max_top = _largest(num_top)
             out = Sample(
                 out.token_ids,
                 _new(logits, (num_rows,)),
@@ -725,8 +744,8 @@ def beam_step(
     ``max_beam``, beam_sizes are read, which on CUDA waits for the device.
     """
     if max_beam is None:
-        max_beam = max([1, *beam_sizes.tolist()])
-    shape = (group_starts.shape[0] - 1, max_beam)
+        max_beam = max(1, _largest(beam_sizes))
+    shape = (max(_size(group_starts, 0) - 1, 0), max_beam)
 
     def results() -> tuple[Array, ...]:
         return (

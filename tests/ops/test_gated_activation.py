@@ -88,7 +88,7 @@ def test_gated_activation_refuses_what_does_not_fit() -> None:
     ):
         ops.gated_activation(x, activation="relu")
     with pytest.raises(
-        ValueError, match=r"^gated_activation: x must be \[num_tokens=2, 10\], got \[2, 8\]$"
+        ValueError, match=r"^gated_activation: out must be \[num_tokens=2, 4\], got \[2, 5\]$"
     ):
         ops.gated_activation(x, out=np.zeros((2, 5), np.float32))
     with pytest.raises(ValueError, match=r"^gated_activation: x must be"):
