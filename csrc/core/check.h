@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <array>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -7,6 +9,7 @@
 #include <vector>
 
 #include "core/errors.h"
+#include "core/sharing.h"
 #include "core/tensor.h"
 
 namespace fullbeam {
@@ -20,10 +23,11 @@ struct Size {
   Size(std::int64_t fixed) : value(fixed) {}          // NOLINT
 };
 
-// Checks the tensors of one op's call, at the only place where they are checked.
+// Checks the tensors of one op's call, at the only place where they are checked. They must stay
+// where they are until the last one is checked.
 class Check {
  public:
-  explicit Check(const char* op) : op_(op) {}
+  explicit Check(const char* op) : op_(op) { seen_.reserve(8); }
 
   [[noreturn]] void fail(const std::string& argument, const std::string& requirement,
                          const std::string& got) const {
@@ -79,6 +83,10 @@ class Check {
       fail(argument, "on the device of " + std::string(first_argument_),
            device_text(view.device, view.device_idx) + " and " + device_text(device_, device_idx_));
     }
+    for (const Seen& other : seen_) {
+      if (other.is_out) apart(other, argument, view);
+    }
+    seen_.push_back({argument, &view});
   }
   // Activations: float32 on the CPU; on CUDA float16 and bfloat16 too, one dtype for all of a call.
   void activation(const char* argument, const TensorView& view, std::initializer_list<Size> sizes) {
@@ -102,8 +110,20 @@ class Check {
                                (view.shape[1] < 2 || view.strides[1] == size));
     if (!is_dense) fail(argument, "contiguous within a page", "strides that are not");
   }
-  void writable(const char* argument, const TensorView& view) const {
+  // That an array which was checked may be written, and shares no memory with the call's others. It
+  // may lie on those of `may_be`, element for element.
+  void writable(const char* argument, const TensorView& view,
+                std::array<const char*, 2> may_be = {}) {
     if (!view.is_writable) fail(argument, "writable", "a read-only array");
+    std::size_t idx = seen_.size() - 1;
+    while (seen_[idx].view->data != view.data || std::strcmp(seen_[idx].argument, argument) != 0)
+      --idx;
+    Seen& out = seen_[idx];
+    out.is_out = true;
+    out.may_be = may_be;
+    for (const Seen& other : seen_) {
+      if (&other != &out) apart(out, other.argument, *other.view);
+    }
   }
 
   std::int64_t size(const char* name) const {
@@ -118,6 +138,25 @@ class Check {
   }
 
  private:
+  struct Seen {
+    const char* argument;
+    const TensorView* view;
+    bool is_out = false;
+    std::array<const char*, 2> may_be{};
+  };
+
+  void apart(const Seen& out, const char* argument, const TensorView& view) const {
+    if (!share_memory(*out.view, view)) return;
+    bool may_be = false;
+    for (const char* name : out.may_be) {
+      may_be = may_be || (name != nullptr && std::strcmp(name, argument) == 0);
+    }
+    if (may_be && lies_on(*out.view, view)) return;
+    fail(out.argument,
+         (may_be ? "element for element on " : "apart from ") + std::string(argument) +
+             (may_be ? ", or apart from it in memory" : " in memory"),
+         "memory that they share");
+  }
   static bool is_dense(const TensorView& view, bool contiguous) {
     for (int i = 0; i < view.num_dims; ++i) {
       if (view.shape[i] == 0) return true;  // nothing is there, whatever the strides say
@@ -142,6 +181,7 @@ class Check {
 
   const char* op_;
   std::vector<std::pair<std::string, std::int64_t>> bound_;
+  std::vector<Seen> seen_;
   const char* first_argument_ = nullptr;
   Device device_ = Device::cpu;
   int device_idx_ = 0;

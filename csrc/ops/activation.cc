@@ -12,7 +12,7 @@ void activation(const Tensor& x, const Tensor& out, const std::string& activatio
   Check check("activation");
   check.activation("x", x, {"num_tokens", "size"});
   check.activation("out", out, {"num_tokens", "size"});
-  check.writable("out", out);
+  check.writable("out", out, {"x"});
   ActivationParams p{};
   p.activation = activation_of(check, activation);
   p.x = x.data;

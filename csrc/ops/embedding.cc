@@ -37,7 +37,7 @@ void embedding(const Tensor& token_ids, const Table& table, const MaybeTensor& r
     p.residual_stride = residual->strides[0];
   }
   check.activation("out", out, {"num_tokens", p.cols});
-  check.writable("out", out);
+  check.writable("out", out, {"residual"});
   p.token_ids = static_cast<const std::int32_t*>(token_ids.data);
   p.out = out.data;
   p.dtype = out.dtype;

@@ -14,7 +14,7 @@ void gated_activation(const TensorView& x, const TensorView& out, const std::str
   check.require(x.shape[1] % 2 == 0, "x", "of an even number of columns",
                 std::to_string(x.shape[1]));
   check.activation("out", out, {"num_tokens", x.shape[1] / 2});
-  check.writable("out", out);
+  check.writable("out", out, {"x"});
   GatedActivationParams p{};
   p.activation = activation_of(check, activation);
   p.x = x.data;

@@ -14,7 +14,7 @@ void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const
   check.tensor("weight", weight, {"size"}, {DType::f32});
   check.tensor("bias", bias, {"size"}, {DType::f32});
   check.activation("out", out, {"num_tokens", "size"});
-  check.writable("out", out);
+  check.writable("out", out, {"x"});
   check.require(eps >= 0, "eps", "at least 0", std::to_string(eps));
   LayerNormParams p{};
   p.x = x.data;

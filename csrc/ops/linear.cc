@@ -12,7 +12,7 @@ void linear(const Tensor& x, const PackedWeight& weight, const MaybeTensor& bias
   Check check("linear");
   check.tensor("x", x, {"num_tokens", weight.cols()}, {DType::f32}, false);
   check.tensor("out", out, {"num_tokens", weight.rows()}, {DType::f32}, false);
-  check.writable("out", out);
+  check.writable("out", out, {"residual"});
   LinearParams p{};
   if (bias) {
     check.tensor("bias", *bias, {weight.rows()}, {DType::f32});

@@ -15,7 +15,7 @@ void rms_norm(const TensorView& x, const TensorView& weight,
   check.activation("x", x3, {"num_tokens", "num_heads", "size"});
   check.tensor("weight", weight, {"size"}, {DType::f32});
   check.activation("out", out3, {"num_tokens", "num_heads", "size"});
-  check.writable("out", out);
+  check.writable("out", out, {"x", "residual"});
   check.require(eps >= 0, "eps", "at least 0", std::to_string(eps));
   RmsNormParams p{};
   if (residual) {

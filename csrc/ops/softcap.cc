@@ -13,7 +13,7 @@ void softcap(const Tensor& x, const Tensor& out, float cap) {
   Check check("softcap");
   check.activation("x", x, {"num_rows", "size"});
   check.activation("out", out, {"num_rows", "size"});
-  check.writable("out", out);
+  check.writable("out", out, {"x"});
   check.require(cap > 0 && std::isfinite(cap), "cap", "finite and above 0", std::to_string(cap));
   SoftcapParams p{};
   p.x = x.data;

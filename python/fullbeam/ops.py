@@ -3,9 +3,10 @@
 
 Arrays are numpy arrays or anything with ``__dlpack__`` (torch, cupy, jax); nothing is copied.
 Results are new arrays of the first argument's kind unless ``out`` is given; of jax's, which no op
-may write to, they are numpy arrays. Activations are contiguous in their last dimension, and
-float32; on CUDA all of a call's may be float16 or bfloat16 instead. CUDA ops go to torch's current
-stream (the default stream for other arrays) and nothing waits for them.
+may write to, they are numpy arrays. ``out`` shares no memory with what is read, but where an op
+says so. Activations are contiguous in their last dimension, and float32; on CUDA all of a call's
+may be float16 or bfloat16 instead. CUDA ops go to torch's current stream (the default stream for
+other arrays) and nothing waits for them.
 """
 
 from __future__ import annotations
@@ -470,7 +471,7 @@ def gated_activation(x: Array, *, activation: str = "silu", out: Array | None = 
     Parameters
     ----------
     x : float32 [num_tokens, 2 * size]
-        Gate, then up.
+        Gate, then up. ``out`` may be ``x[:, :size]``.
     activation : "silu", "gelu" or "gelu_tanh"
 
     Returns

@@ -775,7 +775,7 @@ class Stopped(fake_model.FakeDecoder):
 def recorded_step() -> Any:
     x = np.ones((1, 32), np.float32)
     _core.start_recording()
-    ops.rms_norm(x, x[0], out=x)
+    ops.rms_norm(x, np.ones(32, np.float32), out=x)
     return _core.stop_recording()
 
 
