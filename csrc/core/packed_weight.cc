@@ -32,19 +32,23 @@ void put_u16(std::uint8_t* p, int idx, std::uint16_t value) { std::memcpy(p + 2 
 
 // Four values of a step are one 32-bit word, in memory and here.
 void write_values(const QuantLayout& layout, int lane, const std::uint8_t* left,
-                  const std::uint8_t* right, std::uint8_t* tile) {
+                  const std::uint8_t* right, std::uint8_t* tile, std::uint8_t* low) {
   std::uint32_t steps[8];
   std::memcpy(steps, left, 16);
   std::memcpy(steps + 4, right, 16);
   const auto put = [&](int offset, std::uint32_t word) {
     std::memcpy(tile + offset + 4 * lane, &word, 4);
   };
-  if (layout.bits == 8) {
+  if (layout.bits == 8 && !layout.in_halves) {
     for (int s = 0; s < 8; ++s) put(64 * s, steps[s]);
     return;
   }
   constexpr std::uint32_t kLow = 0x0f0f0f0fu;
-  for (int s = 0; s < 4; ++s) put(64 * s, (steps[s] & kLow) | (steps[s + 4] & kLow) << 4);
+  for (int s = 0; s < 4; ++s) {
+    const std::uint32_t lower = (steps[s] & kLow) | (steps[s + 4] & kLow) << 4;
+    put(64 * s, layout.in_halves ? (steps[s] >> 4 & kLow) | (steps[s + 4] & ~kLow) : lower);
+    if (layout.in_halves) std::memcpy(low + 64 * s + 4 * lane, &lower, 4);
+  }
   if (layout.bits == 5) {
     std::uint32_t high = 0;
     for (int s = 0; s < 8; ++s) high |= (steps[s] >> 4 & 0x01010101u) << s;
@@ -59,9 +63,9 @@ void write_values(const QuantLayout& layout, int lane, const std::uint8_t* left,
   }
 }
 
-template <WeightType kType>
-void pack_blocks(const WeightPart& part, std::int64_t panel, std::uint8_t* out) {
-  constexpr QuantLayout kLayout = layout_of(kType);
+template <WeightType kType, bool kInHalves = false>
+void pack_blocks(const WeightPart& part, std::int64_t panel, std::uint8_t* out, std::uint8_t* low) {
+  constexpr QuantLayout kLayout = layout_of(kType, kInHalves);
   const std::int64_t bytes_per_row = row_bytes(kType, part.cols), num_tiles = part.cols / kTileCols;
   std::uint8_t* super = nullptr;
   for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
@@ -76,7 +80,7 @@ void pack_blocks(const WeightPart& part, std::int64_t panel, std::uint8_t* out) 
       const std::uint8_t* from = part.data + row * bytes_per_row;
       const auto left = read_run<16>(kType, from, tile * kTileCols);
       const auto right = read_run<16>(kType, from, tile * kTileCols + 16);
-      write_values(kLayout, lane, left.values, right.values, out);
+      write_values(kLayout, lane, left.values, right.values, out, low);
       switch (kLayout.scales) {
         case ScaleKind::dm:
           put_u16(scales + 32, lane, left.m);
@@ -97,11 +101,12 @@ void pack_blocks(const WeightPart& part, std::int64_t panel, std::uint8_t* out) 
       }
     }
     out += kLayout.tile_bytes();
+    low += kLayout.low_bytes();
   }
 }
 
 template <std::int64_t kItem>
-void pack_floats(const WeightPart& part, std::int64_t panel, std::uint8_t* out) {
+void pack_floats(const WeightPart& part, std::int64_t panel, std::uint8_t* out, std::uint8_t*) {
   const std::int64_t bytes_per_row = part.cols * kItem;
   for (std::int64_t lane = 0; lane < kPanelRows && panel * kPanelRows + lane < part.rows; ++lane) {
     const std::uint8_t* row = part.data + (panel * kPanelRows + lane) * bytes_per_row;
@@ -129,16 +134,11 @@ constexpr decltype(&pack_floats<4>) kPackPanel[] = {
 
 void pack_panels(const WeightPart& part, const WeightSegment& segment, std::int64_t begin,
                  std::int64_t end) {
-  const auto pack = kPackPanel[static_cast<int>(segment.type)];
+  const auto pack = segment.low != nullptr ? pack_blocks<WeightType::q8_0, true>
+                                           : kPackPanel[static_cast<int>(segment.type)];
   for (std::int64_t panel = begin; panel < end; ++panel)
-    pack(part, panel, const_cast<std::uint8_t*>(segment.data) + panel * segment.panel_bytes);
-}
-
-std::int64_t bytes_of_panel(WeightType type, std::int64_t cols) {
-  if (!is_quantised(type)) return cols * kPanelRows * block_of(type).bytes;
-  const QuantLayout layout = layout_of(type);
-  const std::int64_t num_tiles = cols / kTileCols;
-  return num_tiles * layout.tile_bytes() + num_tiles / kTilesPerSuper * layout.super_bytes();
+    pack(part, panel, const_cast<std::uint8_t*>(segment.data) + panel * segment.panel_bytes,
+         const_cast<std::uint8_t*>(segment.low) + panel * segment.low_bytes);
 }
 
 // Memory for weights, zeros, 64-byte aligned. Small matrices share regions, so that huge pages
@@ -199,8 +199,8 @@ std::int64_t row_bytes(WeightType type, std::int64_t cols) {
   return cols % block.cols == 0 ? cols / block.cols * block.bytes : -1;
 }
 
-PackedWeight::PackedWeight(const std::vector<WeightPart>& parts) {
-  lay_out(parts);
+PackedWeight::PackedWeight(const std::vector<WeightPart>& parts, bool largest_only) {
+  lay_out(parts, largest_only);
   for (std::size_t i = 0; i < parts.size(); ++i) {
     parallel_chunks(segments_[i].num_panels, 8, [&](std::int64_t begin, std::int64_t end) {
       pack_panels(parts[i], segments_[i], begin, end);
@@ -208,11 +208,11 @@ PackedWeight::PackedWeight(const std::vector<WeightPart>& parts) {
   }
 }
 
-void PackedWeight::lay_out(const std::vector<WeightPart>& parts) {
+void PackedWeight::lay_out(const std::vector<WeightPart>& parts, bool largest_only) {
   if (parts.empty())
     throw std::invalid_argument("pack_weight: parts must be at least one, got none");
   cols_ = parts.front().cols;
-  std::vector<std::int64_t> offsets;
+  std::vector<std::int64_t> offsets, low_offsets;
   for (const WeightPart& part : parts) {
     const WeightType type = parse_weight_type("pack_weight", part.type);
     const std::string what = std::string("pack_weight: a part [") + std::to_string(part.rows) +
@@ -239,16 +239,30 @@ void PackedWeight::lay_out(const std::vector<WeightPart>& parts) {
     segment.num_rows = part.rows;
     segment.panel_begin = num_panels_;
     segment.num_panels = (part.rows + kPanelRows - 1) / kPanelRows;
-    segment.panel_bytes = bytes_of_panel(type, part.cols);
+    const bool in_halves = largest_only && type == WeightType::q8_0;
+    if (is_quantised(type)) {
+      const QuantLayout layout = layout_of(type, in_halves);
+      const std::int64_t num_tiles = cols_ / kTileCols;
+      segment.panel_bytes =
+          num_tiles * layout.tile_bytes() + num_tiles / kTilesPerSuper * layout.super_bytes();
+      segment.low_bytes = num_tiles * layout.low_bytes();
+    } else {
+      segment.panel_bytes = cols_ * kPanelRows * block_of(type).bytes;
+    }
     offsets.push_back(num_bytes_);
     num_bytes_ += (segment.num_panels * segment.panel_bytes + 63) / 64 * 64;
+    low_offsets.push_back(num_bytes_);
+    num_bytes_ += segment.num_panels * segment.low_bytes;
     rows_ += part.rows;
     num_panels_ += segment.num_panels;
     segments_.push_back(segment);
   }
   // One register beyond the end may be loaded, never used.
   storage_ = weight_memory(static_cast<std::size_t>(num_bytes_) + 64);
-  for (std::size_t i = 0; i < parts.size(); ++i) segments_[i].data = storage_.get() + offsets[i];
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    segments_[i].data = storage_.get() + offsets[i];
+    if (segments_[i].low_bytes > 0) segments_[i].low = storage_.get() + low_offsets[i];
+  }
 }
 
 Packing::Packing(int num_threads, std::int64_t spare_bytes) : spare_bytes_(spare_bytes) {
@@ -265,18 +279,19 @@ Packing::~Packing() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-PackedWeight Packing::add(const std::vector<WeightPart>& parts, bool release) {
+PackedWeight Packing::add(const std::vector<WeightPart>& parts, bool release, bool largest_only) {
   PackedWeight weight;
-  weight.lay_out(parts);
+  weight.lay_out(parts, largest_only);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (std::size_t i = 0; i < parts.size(); ++i) {
       const WeightSegment& segment = weight.segments_[i];
-      const std::int64_t most = std::max<std::int64_t>(8, kStretchBytes / segment.panel_bytes);
+      const std::int64_t panel_bytes = segment.panel_bytes + segment.low_bytes;
+      const std::int64_t most = std::max<std::int64_t>(8, kStretchBytes / panel_bytes);
       for (std::int64_t first = 0; first < segment.num_panels; first += most) {
         const std::int64_t count = std::min(most, segment.num_panels - first);
         waiting_.push_back({parts[i], segment, first, count, weight.storage_, release});
-        waiting_bytes_ += count * segment.panel_bytes;
+        waiting_bytes_ += count * panel_bytes;
       }
     }
   }
@@ -316,7 +331,7 @@ void Packing::work() {
 Packing::Stretch Packing::take() {
   Stretch stretch = std::move(waiting_.front());
   waiting_.pop_front();
-  waiting_bytes_ -= stretch.count * stretch.segment.panel_bytes;
+  waiting_bytes_ -= stretch.num_bytes();
   return stretch;
 }
 
@@ -333,7 +348,7 @@ void Packing::pack(const Stretch& stretch) {
     const std::uintptr_t begin = address(first), end = address(first + count);
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
   }
-  packed_bytes_.fetch_add(count * segment.panel_bytes, std::memory_order_relaxed);
+  packed_bytes_.fetch_add(stretch.num_bytes(), std::memory_order_relaxed);
 }
 
 }  // namespace fullbeam

@@ -25,9 +25,11 @@ struct WeightPart {
 
 // A weight matrix [rows, cols] in the layout of core/weight.h; parts are stacked by rows and keep
 // their own types, so that query, key and value projections, or gate and up, are one product.
+// `largest_only`: for products of which mostly each token's largest value is wanted; 8-bit values
+// lie in halves then.
 class PackedWeight {
  public:
-  FULLBEAM_API explicit PackedWeight(const std::vector<WeightPart>& parts);
+  FULLBEAM_API PackedWeight(const std::vector<WeightPart>& parts, bool largest_only);
 
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
@@ -38,7 +40,8 @@ class PackedWeight {
  private:
   friend class Packing;
   PackedWeight() = default;
-  void lay_out(const std::vector<WeightPart>& parts);  // all but the panels' contents
+  // All but the panels' contents.
+  void lay_out(const std::vector<WeightPart>& parts, bool largest_only);
 
   std::shared_ptr<std::uint8_t> storage_;
   std::vector<WeightSegment> segments_;
@@ -56,7 +59,8 @@ class Packing {
   Packing& operator=(const Packing&) = delete;
 
   // `release`: the parts lie in a mapped file, whose pages are dropped once they are packed.
-  FULLBEAM_API PackedWeight add(const std::vector<WeightPart>& parts, bool release);
+  FULLBEAM_API PackedWeight add(const std::vector<WeightPart>& parts, bool release,
+                                bool largest_only);
   // Lends a hand for some time; whether all is done.
   FULLBEAM_API bool wait(double seconds);
   std::int64_t packed_bytes() const { return packed_bytes_.load(std::memory_order_relaxed); }
@@ -68,6 +72,7 @@ class Packing {
     std::int64_t first, count;  // panels of the segment
     std::shared_ptr<std::uint8_t> storage;
     bool release;
+    std::int64_t num_bytes() const { return count * (segment.panel_bytes + segment.low_bytes); }
   };
   void work();
   Stretch take();  // of those that wait

@@ -12,7 +12,9 @@
 //   5 bits  the same, then 64 bytes whose bit s is bit 4 of step s
 //   6 bits  the same as 4, then 128 bytes: chunk h (0..1) holds bits 4-5 of step 4 * h + j at bits
 //           2 * j
-//   8 bits  512 bytes, step after step
+//   8 bits  512 bytes, step after step; or in halves, so that cpu/linear can do without most of the
+//           lower ones where only the largest value matters: the upper halves as 4 bits, the lower
+//           ones likewise in memory of their own, 256 bytes a tile
 //
 // Scales follow the values of the tile, 16 rows each:
 //
@@ -53,7 +55,9 @@ struct QuantLayout {
   int bits;
   ScaleKind scales;
   int zero_point;
-  constexpr std::int64_t value_bytes() const { return 64 * bits; }
+  bool in_halves = false;
+  constexpr std::int64_t value_bytes() const { return in_halves ? 256 : 64 * bits; }
+  constexpr std::int64_t low_bytes() const { return in_halves ? 256 : 0; }  // of a tile
   constexpr std::int64_t tile_bytes() const {
     return value_bytes() + (scales == ScaleKind::dm ? 64 : 32);
   }
@@ -66,7 +70,8 @@ constexpr bool is_quantised(WeightType type) {
   return static_cast<int>(type) >= static_cast<int>(WeightType::q8_0);
 }
 
-constexpr QuantLayout layout_of(WeightType type) {
+// `in_halves`: of a type of 8 bits.
+constexpr QuantLayout layout_of(WeightType type, bool in_halves = false) {
   switch (type) {
     case WeightType::q4_0:
       return {4, ScaleKind::d, 8};
@@ -83,7 +88,7 @@ constexpr QuantLayout layout_of(WeightType type) {
     case WeightType::q6_k:
       return {6, ScaleKind::k16, 32};
     default:
-      return {8, ScaleKind::d, 128};
+      return {8, ScaleKind::d, 128, in_halves};
   }
 }
 
@@ -94,6 +99,8 @@ struct WeightSegment {
   std::int64_t row_begin, num_rows;
   std::int64_t panel_begin, num_panels;  // among the panels of all segments
   std::int64_t panel_bytes;
+  const std::uint8_t* low;  // the panels' lower halves; nullptr where values are whole
+  std::int64_t low_bytes;   // of a panel
 };
 
 }  // namespace fullbeam

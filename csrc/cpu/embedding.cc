@@ -18,18 +18,21 @@ float half_at(const std::uint8_t* p, std::int64_t idx) {
   return to_float(value);
 }
 
-int value_at(const QuantLayout& layout, const std::uint8_t* tile, int step, int at) {
-  if (layout.bits == 8) return tile[step * 64 + at];
+int value_at(const QuantLayout& layout, const std::uint8_t* tile, const std::uint8_t* low, int step,
+             int at) {
+  if (layout.bits == 8 && !layout.in_halves) return tile[step * 64 + at];
   int value = tile[step % 4 * 64 + at] >> (step / 4 * 4) & 15;
   if (layout.bits == 5) value |= (tile[256 + at] >> step & 1) << 4;
   if (layout.bits == 6) value |= (tile[256 + step / 4 * 64 + at] >> (step % 4 * 2) & 3) << 4;
+  if (layout.in_halves) value = value << 4 | (low[step % 4 * 64 + at] >> (step / 4 * 4) & 15);
   return value;
 }
 
 void quantised_row(const WeightSegment& segment, std::int64_t row, std::int64_t cols, float scale,
                    float* out) {
-  const QuantLayout layout = layout_of(segment.type);
+  const QuantLayout layout = layout_of(segment.type, segment.low != nullptr);
   const std::uint8_t* tile = segment.data + row / kPanelRows * segment.panel_bytes;
+  const std::uint8_t* low = segment.low + row / kPanelRows * segment.low_bytes;
   const auto lane = static_cast<int>(row % kPanelRows);
   const std::uint8_t* super = tile;
   for (std::int64_t t = 0; t < cols / kTileCols; ++t) {
@@ -54,10 +57,11 @@ void quantised_row(const WeightSegment& segment, std::int64_t row, std::int64_t 
         if (layout.scales == ScaleKind::dm) m = half_at(scales + 32, lane);
     }
     for (int i = 0; i < kTileCols; ++i) {
-      const int value = value_at(layout, tile, i / 4, lane * 4 + i % 4) - layout.zero_point;
+      const int value = value_at(layout, tile, low, i / 4, lane * 4 + i % 4) - layout.zero_point;
       out[t * kTileCols + i] = (d[i / 16] * static_cast<float>(value) + m) * scale;
     }
     tile += layout.tile_bytes();
+    low += layout.low_bytes();
   }
 }
 

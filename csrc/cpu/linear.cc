@@ -11,326 +11,16 @@
 // our own.
 #include "ops/linear.h"
 
+#include <optional>
+
 #include "core/parallel.h"
-#include "cpu/linear.h"
+#include "cpu/linear_largest.h"
+#include "cpu/linear_panel.h"
 
 namespace fullbeam::cpu::FULLBEAM_ISA {
 namespace {
 
 constexpr std::int64_t kChunkBytes = 512 << 10;  // of weights, in L2 beside a turn's activations
-// Bytes of weights from use to prefetch, into L2: L1 has too few misses in flight to keep the
-// memory busy while products run. Measured on Zen 4 (weights in memory, 2 threads), time against
-// no prefetch: 0.75-0.88 at 1 token and 0.50-0.71 at 8; into L1 0.84-0.96 and 0.62-0.74.
-constexpr std::int64_t kAhead = 8192;
-// From there to L1, which pays for 4-bit tiles alone: Q4_K at 1 to 8 tokens 0.72-0.90, at 16 0.92;
-// Q5_0, Q6_K and Q8_0 0.94-1.17.
-constexpr std::int64_t kAhead4 = 2304;
-
-// Quantised activations, by the turns in which tokens meet the panels and, inside a turn, by tiles:
-// what a panel meets lies together, in the order of its tiles. Turns are about equally long, as two
-// whose sums stay in registers beat a longer and a shorter one; above kMaxTokens they are multiples
-// of it.
-struct Activations {
-  std::int8_t* values;    // 32 at each place
-  float* scales;          // one at each place
-  float* scaled_sums;     // scale * sum of the 32 values
-  std::int32_t* offsets;  // kNumOffsets arrays, one value at each place
-  std::int64_t num_tiles, num_tokens, turn_tokens;
-
-  static std::int64_t bytes(std::int64_t num_tiles, std::int64_t num_tokens) {
-    return num_tiles * num_tokens * (kTileCols + 4 + 4 + 4 * kNumOffsets) + 256;
-  }
-  Activations(void* memory, std::int64_t tiles, std::int64_t tokens)
-      : num_tiles(tiles), num_tokens(tokens) {
-    const std::int64_t most = tokens <= 2 * kMaxTokens ? kMaxTokens : kMaxTurn;
-    const std::int64_t num_turns = (tokens + most - 1) / most;
-    turn_tokens = tokens > 0 ? (tokens + num_turns - 1) / num_turns : 1;
-    if (turn_tokens > kMaxTokens)
-      turn_tokens = (turn_tokens + kMaxTokens - 1) / kMaxTokens * kMaxTokens;
-    values = static_cast<std::int8_t*>(memory);
-    offsets = reinterpret_cast<std::int32_t*>(values + num_places() * kTileCols);
-    scales = reinterpret_cast<float*>(offsets + num_places() * kNumOffsets);
-    scaled_sums = scales + num_places();
-  }
-  std::int64_t num_places() const { return num_tiles * num_tokens; }
-  // Tokens of the turn that begins at token `begin`.
-  std::int64_t turn_count(std::int64_t begin) const {
-    return num_tokens - begin < turn_tokens ? num_tokens - begin : turn_tokens;
-  }
-  std::int64_t place(std::int64_t token, std::int64_t tile) const {
-    const std::int64_t begin = token / turn_tokens * turn_tokens;
-    return begin * num_tiles + tile * turn_count(begin) + (token - begin);
-  }
-};
-
-// 32 activations -> their place.
-FULLBEAM_INLINE void quantise_tile(const float* x, const Activations& a, std::int64_t at) {
-  F32 largest = set1(0.0f), poison = set1(0.0f);  // poison: 0, or NaN where a value is not finite
-  for (int i = 0; i < kTileCols; i += kLanes) {
-    const F32 v = load(x + i);
-    largest = max(max(v, sub(set1(0.0f), v)), largest);
-    poison = fma(v, set1(0.0f), poison);
-  }
-  const float amax = reduce_max(largest);
-  const float scale = has_nan(poison) ? __builtin_nanf("") : amax / 127.0f;
-  const F32 inverse = set1(amax > 0.0f ? 127.0f / amax : 0.0f), limit = set1(127.0f);
-  std::int32_t sums[2] = {0, 0};
-  for (int i = 0; i < kTileCols; i += kLanes) {
-    // min and max give their second operand where the first is NaN.
-    const F32 value = max(min(mul(load(x + i), inverse), limit), sub(set1(0.0f), limit));
-    sums[i / 16] += store_i8(a.values + at * kTileCols + i, value);
-  }
-  a.scales[at] = scale;
-  write_offsets(a.offsets + at, a.num_places(), sums[0], sums[1]);
-  a.scaled_sums[at] = scale * static_cast<float>(sums[0] + sums[1]);
-}
-
-// Tiles [begin, end) of `count` tokens of a turn: what lies together is written together.
-void quantise_tiles(const LinearParams& p, std::int64_t token, std::int64_t count,
-                    std::int64_t begin, std::int64_t end, const Activations& a) {
-  for (std::int64_t tile = begin; tile < end; ++tile) {
-    const std::int64_t at = a.place(token, tile);
-    for (std::int64_t t = 0; t < count; ++t) {
-      const float* x = p.x + (token + t) * p.x_stride + tile * kTileCols;
-      __builtin_prefetch(x + 4 * kTileCols);  // so short a piece of a row starts no hardware's
-      __builtin_prefetch(x + 4 * kTileCols + 16);
-      quantise_tile(x, a, at + t);
-    }
-  }
-}
-
-// A thread's share of the tiles of all tokens, few tokens at a time.
-void quantise_share(const LinearParams& p, const Activations& a, int thread_idx, int num_threads) {
-  const std::int64_t few = a.turn_tokens < kMaxTokens ? a.turn_tokens : kMaxTokens;
-  const std::int64_t count = (p.num_tokens + few - 1) / few * a.num_tiles;
-  const std::int64_t end = count * (thread_idx + 1) / num_threads;
-  for (std::int64_t i = count * thread_idx / num_threads; i < end;) {
-    const std::int64_t token = i / a.num_tiles * few, tile = i % a.num_tiles;
-    const std::int64_t left = p.num_tokens - token;
-    const std::int64_t rest = a.num_tiles - tile < end - i ? a.num_tiles - tile : end - i;
-    quantise_tiles(p, token, left < few ? left : few, tile, tile + rest, a);
-    i += rest;
-  }
-}
-
-constexpr bool has_super(ScaleKind scales) {
-  return scales == ScaleKind::k || scales == ScaleKind::k16;
-}
-
-// What turns a tile's integer sums into floats: per row, in registers.
-template <ScaleKind kScales>
-struct TileScales {
-  F32 d[kScales == ScaleKind::k16 ? 2 : 1][kParts];
-  F32 m[kParts];
-
-  // `super`: what precedes every 8 tiles.
-  FULLBEAM_INLINE TileScales(const std::uint8_t* scales, const F32 (*super)[kParts]) {
-    const auto* halves = reinterpret_cast<const Half*>(scales);
-    for (int i = 0; i < kParts; ++i) {
-      if constexpr (kScales == ScaleKind::d) {
-        d[0][i] = load(halves + i * kLanes);
-      } else if constexpr (kScales == ScaleKind::dm) {
-        d[0][i] = load(halves + i * kLanes);
-        m[i] = load(halves + 16 + i * kLanes);
-      } else if constexpr (kScales == ScaleKind::k) {
-        d[0][i] = mul(super[0][i], widen_u8(scales + i * kLanes));
-        m[i] = mul(super[1][i], widen_u8(scales + 16 + i * kLanes));
-      } else {
-        d[0][i] = mul(super[0][i], widen_i8(scales + i * kLanes));
-        d[1][i] = mul(super[0][i], widen_i8(scales + 16 + i * kLanes));
-      }
-    }
-  }
-};
-
-template <int kBits, ScaleKind kScales, int kTokens>
-FULLBEAM_INLINE void add_tile(const Tile<kBits>& tile, const TileScales<kScales>& scales,
-                              const Activations& a, std::int64_t at, F32 (*acc)[kParts]) {
-  constexpr bool kHalves = kScales == ScaleKind::k16;
-  constexpr bool kOffset = kScales == ScaleKind::d || kScales == ScaleKind::k16;
-  I32 sums[kHalves ? 2 : 1][kTokens][kParts];
-  dot_tile<kBits, kHalves, kOffset, kTokens>(tile, a.values + at * kTileCols, a.offsets + at,
-                                             a.num_places(), sums);
-  for (int t = 0; t < kTokens; ++t) {
-    const F32 x_scale = set1(a.scales[at + t]);
-    for (int i = 0; i < kParts; ++i) {
-      F32 sum;
-      if constexpr (kHalves) {
-        const F32 first = mul(to_f32(sums[0][t][i]), scales.d[0][i]);
-        sum = fma(fma(to_f32(sums[1][t][i]), scales.d[1][i], first), x_scale, acc[t][i]);
-      } else {
-        sum = fma(to_f32(sums[0][t][i]), mul(scales.d[0][i], x_scale), acc[t][i]);
-      }
-      if constexpr (kScales == ScaleKind::dm || kScales == ScaleKind::k) {
-        sum = fma(scales.m[i], set1(a.scaled_sums[at + t]), sum);
-      }
-      acc[t][i] = sum;
-    }
-  }
-}
-
-// One panel of 16 rows against a turn's tokens [begin, begin + count), sums left in `out`.
-// kFew: the count where the sums stay in registers meanwhile, else 0.
-template <int kBits, ScaleKind kScales, int kFew>
-__attribute__((noinline)) void some_tokens(const std::uint8_t* p, const Activations& a,
-                                           std::int64_t begin, std::int64_t count,
-                                           std::int64_t ahead, F32 (*out)[kParts]) {
-  constexpr QuantLayout kLayout{kBits, kScales, 0};
-  F32 few[kFew > 0 ? kFew : 1][kParts], super[2][kParts];
-#pragma GCC unroll 8
-  for (int t = 0; t < kFew; ++t) {  // unrolled, or the sums would stay in memory
-#pragma GCC unroll 8
-    for (int i = 0; i < kParts; ++i) few[t][i] = set1(0.0f);
-  }
-  for (std::int64_t t = 0; t < (kFew > 0 ? 0 : count); ++t) {
-    for (int i = 0; i < kParts; ++i) out[t][i] = set1(0.0f);
-  }
-  std::int64_t at = a.place(begin, 0);
-  const std::int64_t stride = a.place(begin, 1) - at;
-  const std::int64_t run = has_super(kScales) ? kTilesPerSuper : a.num_tiles;
-  for (std::int64_t first = 0; first < a.num_tiles; first += run) {
-    if constexpr (has_super(kScales)) {
-      const auto* halves = reinterpret_cast<const Half*>(p);
-      for (int i = 0; i < kParts; ++i) {
-        super[0][i] = load(halves + i * kLanes);
-        if constexpr (kScales == ScaleKind::k)
-          super[1][i] = sub(set1(0.0f), load(halves + 16 + i * kLanes));
-      }
-      p += kLayout.super_bytes();
-    }
-    for (std::int64_t tile = 0; tile < run; ++tile) {
-      for (std::int64_t line = 0; line < kLayout.tile_bytes(); line += 64) {
-        __builtin_prefetch(p + ahead + line, 0, 2);
-        if constexpr (kBits == 4) __builtin_prefetch(p + kAhead4 + line, 0, 3);
-      }
-      const Tile<kBits> values(p);
-      const TileScales<kScales> scales(p + kLayout.value_bytes(), super);
-      if constexpr (kFew > 0) {
-        add_tile<kBits, kScales, kFew>(values, scales, a, at, few);
-      } else {
-        std::int64_t t = 0;
-        for (; t + kMaxTokens <= count; t += kMaxTokens)
-          add_tile<kBits, kScales, kMaxTokens>(values, scales, a, at + t, out + t);
-        for (; t < count; ++t) add_tile<kBits, kScales, 1>(values, scales, a, at + t, out + t);
-      }
-      p += kLayout.tile_bytes();
-      at += stride;
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < kFew; ++t) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kParts; ++i) out[t][i] = few[t][i];
-  }
-}
-
-template <int kBits, ScaleKind kScales, int kFew = kMaxTokens>
-void few_tokens(const std::uint8_t* panel, const Activations& a, std::int64_t begin,
-                std::int64_t count, std::int64_t ahead, F32 (*out)[kParts]) {
-  if (count == kFew) return some_tokens<kBits, kScales, kFew>(panel, a, begin, count, ahead, out);
-  if constexpr (kFew > 1) few_tokens<kBits, kScales, kFew - 1>(panel, a, begin, count, ahead, out);
-}
-
-// The same for any count.
-template <int kBits, ScaleKind kScales>
-void quantised_panel(const std::uint8_t* panel, const Activations& a, std::int64_t begin,
-                     std::int64_t count, F32 (*out)[kParts]) {
-  const std::int64_t ahead = begin == 0 ? kAhead : 0;
-  if (count <= kMaxTokens) return few_tokens<kBits, kScales>(panel, a, begin, count, ahead, out);
-  if constexpr (kMaxTurn > kMaxTokens)
-    some_tokens<kBits, kScales, 0>(panel, a, begin, count, ahead, out);
-}
-
-// Float weights and float activations: sums over even and odd columns apart, joined at the end.
-template <class T, int kTokens>
-void float_tokens(const T* panel, const LinearParams& p, std::int64_t begin, F32 (*out)[kParts]) {
-  F32 acc[2][kTokens][kParts];
-  for (int parity = 0; parity < 2; ++parity) {
-    for (int t = 0; t < kTokens; ++t) {
-      for (int i = 0; i < kParts; ++i) acc[parity][t][i] = set1(0.0f);
-    }
-  }
-  const float* x = p.x + begin * p.x_stride;
-  for (std::int64_t col = 0; col < p.cols; ++col) {
-    const bool is_odd = col & 1;
-    for (int i = 0; i < kParts; ++i) {
-      const F32 w = load(panel + col * kPanelRows + i * kLanes);
-      for (int t = 0; t < kTokens; ++t) {
-        F32& sum = is_odd ? acc[1][t][i] : acc[0][t][i];
-        sum = fma(w, set1(x[t * p.x_stride + col]), sum);
-      }
-    }
-  }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int i = 0; i < kParts; ++i) out[t][i] = add(acc[0][t][i], acc[1][t][i]);
-  }
-}
-
-template <class T>
-void float_panel(const std::uint8_t* data, const LinearParams& p, std::int64_t begin,
-                 std::int64_t count, F32 (*out)[kParts]) {
-  const T* panel = reinterpret_cast<const T*>(data);
-  std::int64_t t = 0;
-  for (; t + 2 <= count; t += 2) float_tokens<T, 2>(panel, p, begin + t, out + t);
-  for (; t < count; ++t) float_tokens<T, 1>(panel, p, begin + t, out + t);
-}
-
-void one_panel(const LinearParams& p, const WeightSegment& segment, std::int64_t panel,
-               const Activations& a, std::int64_t begin, std::int64_t count, F32 (*out)[kParts]) {
-  const std::uint8_t* data = segment.data + panel * segment.panel_bytes;
-  switch (segment.type) {
-    case WeightType::f32:
-      return float_panel<float>(data, p, begin, count, out);
-    case WeightType::f16:
-      return float_panel<Half>(data, p, begin, count, out);
-    case WeightType::bf16:
-      return float_panel<BFloat>(data, p, begin, count, out);
-    case WeightType::q8_0:
-      return quantised_panel<8, ScaleKind::d>(data, a, begin, count, out);
-    case WeightType::q4_0:
-      return quantised_panel<4, ScaleKind::d>(data, a, begin, count, out);
-    case WeightType::q4_1:
-      return quantised_panel<4, ScaleKind::dm>(data, a, begin, count, out);
-    case WeightType::q5_0:
-      return quantised_panel<5, ScaleKind::d>(data, a, begin, count, out);
-    case WeightType::q5_1:
-      return quantised_panel<5, ScaleKind::dm>(data, a, begin, count, out);
-    case WeightType::q4_k:
-      return quantised_panel<4, ScaleKind::k>(data, a, begin, count, out);
-    case WeightType::q5_k:
-      return quantised_panel<5, ScaleKind::k>(data, a, begin, count, out);
-    case WeightType::q6_k:
-      return quantised_panel<6, ScaleKind::k16>(data, a, begin, count, out);
-  }
-}
-
-void write_panel(const LinearParams& p, const WeightSegment& segment, std::int64_t panel,
-                 std::int64_t begin, std::int64_t count, const F32 (*acc)[kParts]) {
-  const std::int64_t first = segment.row_begin + panel * kPanelRows;
-  const std::int64_t left = segment.num_rows - panel * kPanelRows;
-  for (std::int64_t t = 0; t < count; ++t) {
-    float* out = p.out + (begin + t) * p.out_stride + first;
-    const float* residual =
-        p.residual == nullptr ? nullptr : p.residual + (begin + t) * p.residual_stride + first;
-    if (left >= kPanelRows) {
-      for (int i = 0; i < kParts; ++i) {
-        F32 value = acc[t][i];
-        if (p.bias != nullptr) value = add(value, load(p.bias + first + i * kLanes));
-        if (residual != nullptr) value = add(value, load(residual + i * kLanes));
-        store(out + i * kLanes, value);
-      }
-      continue;
-    }
-    float values[kPanelRows];
-    for (int i = 0; i < kParts; ++i) store(values + i * kLanes, acc[t][i]);
-    for (std::int64_t row = 0; row < left; ++row) {
-      float value = values[row];
-      if (p.bias != nullptr) value += p.bias[first + row];
-      if (residual != nullptr) value += residual[row];
-      out[row] = value;
-    }
-  }
-}
 
 // Panels [begin_panel, end_panel) against all tokens, turn by turn.
 void some_panels(const LinearParams& p, const Activations& a, std::int64_t begin_panel,
@@ -342,7 +32,9 @@ void some_panels(const LinearParams& p, const Activations& a, std::int64_t begin
     for (std::int64_t i = begin_panel; i < end_panel; ++i) {
       while (i >= p.segments[s].panel_begin + p.segments[s].num_panels) ++s;
       const WeightSegment& segment = p.segments[s];
-      one_panel(p, segment, i - segment.panel_begin, a, begin, count, acc);
+      const Panel panel = panel_at(segment, i - segment.panel_begin);
+      one_panel(p, segment, i - segment.panel_begin, a, begin, count,
+                begin == 0 ? panel.ahead() : panel, acc);
       write_panel(p, segment, i - segment.panel_begin, begin, count, acc);
     }
   }
@@ -351,17 +43,21 @@ void some_panels(const LinearParams& p, const Activations& a, std::int64_t begin
 }  // namespace
 
 void linear(const LinearParams& p) {
+  const int num_threads = p.num_panels > 1 ? fullbeam::num_threads() : 1;
   bool any_quantised = false;
   for (std::int64_t s = 0; s < p.num_segments; ++s)
     any_quantised |= is_quantised(p.segments[s].type);
   const std::int64_t num_tiles = any_quantised ? p.cols / kTileCols : 0;
-  const Activations a(scratch(Activations::bytes(num_tiles, p.num_tokens)), num_tiles,
-                      p.num_tokens);
+  const std::int64_t bytes = Activations::bytes(num_tiles, p.num_tokens);
+  auto* memory = static_cast<std::uint8_t*>(scratch(bytes + Largest::bytes(p)));
+  const Activations a(memory, num_tiles, p.num_tokens);
+  std::optional<Largest> largest;
+  if (Largest::serves(p)) largest.emplace(memory + bytes, p, a, num_threads);
   // Chunks small enough that the threads end together, and to stay in L2 while token after token
   // meets them; up to 16 panels, whose results are neighbours in memory.
-  const int num_threads = p.num_panels > 1 ? fullbeam::num_threads() : 1;
   const std::int64_t fair = p.num_panels / (8 * num_threads);
-  const std::int64_t fitting = kChunkBytes / (p.segments[0].panel_bytes + 1);
+  const std::int64_t fitting =
+      kChunkBytes / (p.segments[0].panel_bytes + p.segments[0].low_bytes + 1);
   const std::int64_t most = fair < fitting ? fair : fitting;
   Chunks chunks(p.num_panels, most < 1 ? 1 : most < 16 ? most : 16, num_threads);
   Barrier quantised(num_threads);
@@ -370,6 +66,7 @@ void linear(const LinearParams& p) {
       quantise_share(p, a, thread_idx, num_threads);
       quantised.wait();
     }
+    if (largest) return largest->run(thread_idx);
     chunks.run(thread_idx,
                [&](std::int64_t begin, std::int64_t end) { some_panels(p, a, begin, end); });
   };

@@ -18,8 +18,27 @@ static_assert(layout_of(WeightType::q4_0).zero_point == 8 &&
               layout_of(WeightType::q5_0).zero_point == 16 &&
               layout_of(WeightType::q8_0).zero_point == 128 &&
               layout_of(WeightType::q6_k).zero_point == 32);
-constexpr int kNumOffsets = 5;
+constexpr int kNumOffsets = 6;  // the last: kBoundOffset
 constexpr int offset_place(int bits) { return bits == 4 ? 0 : bits == 5 ? 1 : bits == 8 ? 2 : 3; }
+
+// How 8-bit values are read: as bytes, as halves that lie apart, or their upper halves alone, as 4
+// bits, for upper bounds of the sums.
+enum class Form { whole, halves, bounds };
+
+// What makes a tile's sum of the upper halves of 8-bit values u a bound of its true sum, in units
+// of 16: with u between 16 upper and 16 upper + 15, (u - 128) x is at most (16 upper - 120.5) x
+// + 7.5 |x|. The margin exceeds the roundings of float32 in both: for each of `num_tiles` sums, at
+// most 512 times the |x| of its tile, 2^-24 of what was added up so far.
+constexpr int kBoundOffset = 5;
+inline std::int32_t bound_offset(const std::int8_t* x, std::int64_t num_tiles) {
+  std::int32_t sum = 0, magnitude = 0;
+  for (int i = 0; i < kTileCols; ++i) {
+    sum += x[i];
+    magnitude += x[i] < 0 ? -x[i] : x[i];
+  }
+  const auto margin = 1 + static_cast<std::int32_t>(magnitude * num_tiles >> 18);
+  return ((15 * magnitude - 241 * sum + 31) >> 5) + margin;
+}
 // Array i of the offsets begins at p + i * stride.
 inline void write_offsets(std::int32_t* p, std::int64_t stride, std::int32_t first_sum,
                           std::int32_t second_sum) {
@@ -56,14 +75,21 @@ inline F32 widen_i8(const std::uint8_t* p) {
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-template <int kBits>
+template <int kBits, Form kForm>
 struct Tile {
-  const std::uint8_t* p;
+  const std::uint8_t *p, *lower;
 
-  FULLBEAM_INLINE explicit Tile(const std::uint8_t* tile) : p(tile) {}
+  FULLBEAM_INLINE Tile(const std::uint8_t* tile, const std::uint8_t* low) : p(tile), lower(low) {}
   FULLBEAM_INLINE __m512i step(int s) const {
-    if constexpr (kBits == 8) return _mm512_loadu_si512(p + 64 * s);
+    if constexpr (kBits == 8 && kForm == Form::whole) return _mm512_loadu_si512(p + 64 * s);
     const __m512i both = _mm512_loadu_si512(p + s % 4 * 64);
+    if constexpr (kBits == 8) {
+      const __m512i low = _mm512_loadu_si512(lower + s % 4 * 64);
+      // The lower bits of the one, the upper bits of the other.
+      return _mm512_ternarylogic_epi32(s < 4 ? low : _mm512_srli_epi16(low, 4),
+                                       s < 4 ? _mm512_slli_epi16(both, 4) : both,
+                                       _mm512_set1_epi8(15), 0xe4);
+    }
     const __m512i low =
         _mm512_and_si512(s < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
     if constexpr (kBits == 4) return low;
@@ -103,17 +129,18 @@ inline I32 broadcast(const std::int32_t* p) {
 }
 
 // sums[half][token] = sum over the half's steps of (value - zero point) * x; the two halves are
-// added where the type has one scale for both. kOffset: whether the type has a zero point.
-template <int kBits, bool kHalves, bool kOffset, int kTokens>
-FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
+// added where the type has one scale for both. kOffset: which of the offsets belongs to the values
+// (for halves, the next one too), or -1.
+template <int kBits, Form kForm, bool kHalves, int kOffset, int kTokens>
+FULLBEAM_INLINE void dot_tile(const Tile<kBits, kForm>& tile, const std::int8_t* x,
                               const std::int32_t* offsets, std::int64_t stride,
                               I32 (*sums)[kTokens][kParts]) {
   I32 chains[2][kTokens];  // of the halves of the columns: one of few tokens would wait for itself
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
-    const std::int32_t* offset = offsets + stride * offset_place(kBits) + t;
-    chains[0][t] = kOffset ? broadcast(offset) : _mm512_setzero_si512();
-    chains[1][t] = kHalves && kOffset ? broadcast(offset + stride) : _mm512_setzero_si512();
+    const std::int32_t* offset = offsets + stride * kOffset + t;
+    chains[0][t] = kOffset >= 0 ? broadcast(offset) : _mm512_setzero_si512();
+    chains[1][t] = kHalves && kOffset >= 0 ? broadcast(offset + stride) : _mm512_setzero_si512();
   }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
@@ -161,15 +188,15 @@ inline __m256i load_bytes(const std::uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-template <int kBits>
+template <int kBits, Form kForm>
 struct Tile {
   __m256i step[8][2];
 
-  FULLBEAM_INLINE explicit Tile(const std::uint8_t* p) {
+  FULLBEAM_INLINE Tile(const std::uint8_t* p, const std::uint8_t* lower) {
     for (int half = 0; half < 2; ++half, p += 32) {
-      if constexpr (kBits == 8) {
-        // Signed here: _mm256_maddubs_epi16 would saturate on unsigned bytes.
-        const __m256i flip = _mm256_set1_epi8(-128);
+      // Signed here: _mm256_maddubs_epi16 would saturate on unsigned bytes.
+      const __m256i flip = _mm256_set1_epi8(-128);
+      if constexpr (kBits == 8 && kForm == Form::whole) {
         for (int s = 0; s < 8; ++s) step[s][half] = _mm256_xor_si256(load_bytes(p + 64 * s), flip);
         continue;
       }
@@ -178,6 +205,18 @@ struct Tile {
         const __m256i both = load_bytes(p + 64 * s);
         step[s][half] = _mm256_and_si256(both, low);
         step[s + 4][half] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+      }
+      if constexpr (kBits == 8) {
+        for (int s = 0; s < 4; ++s) {
+          const __m256i both = load_bytes(lower + 64 * s + 32 * half);
+          const __m256i lows[] = {_mm256_and_si256(both, low),
+                                  _mm256_and_si256(_mm256_srli_epi16(both, 4), low)};
+          for (int h = 0; h < 2; ++h) {
+            __m256i& value = step[s + 4 * h][half];
+            value = _mm256_or_si256(_mm256_slli_epi16(value, 4), lows[h]);
+            value = _mm256_xor_si256(value, flip);
+          }
+        }
       }
       if constexpr (kBits == 5) {
         const __m256i high = load_bytes(p + 256), bit = _mm256_set1_epi8(16);
@@ -212,8 +251,8 @@ inline __m256i broadcast4(const std::int8_t* x) {
 // Pairs of products are added up in int16 for as many steps as cannot overflow (a pair is at most 2
 // * 127 * (2^bits - 1)): eight steps for 4 bits, four for 5, two for 6; 8-bit values go as |value|
 // * (x with the value's sign), a step at a time.
-template <int kBits, bool kHalves, bool kOffset, int kTokens>
-FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
+template <int kBits, Form kForm, bool kHalves, int kOffset, int kTokens>
+FULLBEAM_INLINE void dot_tile(const Tile<kBits, kForm>& tile, const std::int8_t* x,
                               const std::int32_t* offsets, std::int64_t stride,
                               I32 (*sums)[kTokens][kParts]) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -254,8 +293,8 @@ FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
   }
   for (int part = 0; part < (kHalves ? 2 : 1); ++part) {
     for (int t = 0; t < kTokens; ++t) {
-      const std::int32_t* place = offsets + stride * (offset_place(kBits) + part) + t;
-      constexpr bool kAdds = kOffset && kBits != 8;  // 8-bit values are signed here
+      const std::int32_t* place = offsets + stride * (kOffset + part) + t;
+      constexpr bool kAdds = kOffset >= 0 && kBits != 8;  // 8-bit values are signed here
       const __m256i offset = kAdds ? _mm256_set1_epi32(*place) : _mm256_setzero_si256();
       for (int half = 0; half < 2; ++half)
         sums[part][t][half] = _mm256_add_epi32(total[part][t][half], offset);
@@ -288,36 +327,37 @@ inline F32 widen_i8(const std::uint8_t* p) {
              static_cast<float>(s[3])};
 }
 
-template <int kBits>
+template <int kBits, Form kForm>
 struct Tile {
   std::uint8_t step[8][64];
 
-  FULLBEAM_INLINE explicit Tile(const std::uint8_t* p) {
+  FULLBEAM_INLINE Tile(const std::uint8_t* p, [[maybe_unused]] const std::uint8_t* lower) {
     for (int s = 0; s < 8; ++s) {
       for (int i = 0; i < 64; ++i) {
-        if constexpr (kBits == 8) {
+        if constexpr (kBits == 8 && kForm == Form::whole) {
           step[s][i] = p[64 * s + i];
-        } else {
-          int value = p[s % 4 * 64 + i] >> (s / 4 * 4) & 15;
-          if constexpr (kBits == 5) value |= (p[256 + i] >> s & 1) << 4;
-          if constexpr (kBits == 6) value |= (p[256 + s / 4 * 64 + i] >> (s % 4 * 2) & 3) << 4;
-          step[s][i] = static_cast<std::uint8_t>(value);
+          continue;
         }
+        int value = p[s % 4 * 64 + i] >> (s / 4 * 4) & 15;
+        if constexpr (kBits == 5) value |= (p[256 + i] >> s & 1) << 4;
+        if constexpr (kBits == 6) value |= (p[256 + s / 4 * 64 + i] >> (s % 4 * 2) & 3) << 4;
+        if constexpr (kBits == 8) value = value << 4 | (lower[s % 4 * 64 + i] >> (s / 4 * 4) & 15);
+        step[s][i] = static_cast<std::uint8_t>(value);
       }
     }
   }
 };
 
-template <int kBits, bool kHalves, bool kOffset, int kTokens>
-FULLBEAM_INLINE void dot_tile(const Tile<kBits>& tile, const std::int8_t* x,
+template <int kBits, Form kForm, bool kHalves, int kOffset, int kTokens>
+FULLBEAM_INLINE void dot_tile(const Tile<kBits, kForm>& tile, const std::int8_t* x,
                               const std::int32_t* offsets, std::int64_t stride,
                               I32 (*sums)[kTokens][kParts]) {
   for (int t = 0; t < kTokens; ++t) {
-    const std::int32_t* offset = offsets + stride * offset_place(kBits) + t;
+    const std::int32_t* offset = offsets + stride * kOffset + t;
     std::int32_t total[2][16];
     for (int part = 0; part < 2; ++part) {
       for (int row = 0; row < 16; ++row) {
-        std::int32_t sum = kOffset && (kHalves || part == 0) ? offset[stride * part] : 0;
+        std::int32_t sum = kOffset >= 0 && (kHalves || part == 0) ? offset[stride * part] : 0;
         for (int s = 4 * part; s < 4 * part + 4; ++s) {
           for (int i = 0; i < 4; ++i)
             sum += tile.step[s][4 * row + i] * x[kTileCols * t + 4 * s + i];

@@ -8,7 +8,7 @@
 namespace fullbeam::ops {
 
 void linear(const Tensor& x, const PackedWeight& weight, const MaybeTensor& bias,
-            const MaybeTensor& residual, const Tensor& out) {
+            const MaybeTensor& residual, const Tensor& out, bool largest_only) {
   Check check("linear");
   check.tensor("x", x, {"num_tokens", weight.cols()}, {DType::f32}, false);
   check.tensor("out", out, {"num_tokens", weight.rows()}, {DType::f32}, false);
@@ -23,6 +23,9 @@ void linear(const Tensor& x, const PackedWeight& weight, const MaybeTensor& bias
     p.residual = static_cast<const float*>(residual->data);
     p.residual_stride = residual->strides[0];
   }
+  check.require(!largest_only || !residual, "residual", "None where largest_only is True",
+                "an array");
+  p.largest_only = largest_only;
   p.x = static_cast<const float*>(x.data);
   p.segments = weight.segments().data();
   p.out = static_cast<float*>(out.data);

@@ -37,7 +37,7 @@ FULLBEAM_API void rms_norm(const Tensor& x, const Tensor& weight, const MaybeTen
 FULLBEAM_API void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias,
                              const Tensor& out, float eps);
 FULLBEAM_API void linear(const Tensor& x, const PackedWeight& weight, const MaybeTensor& bias,
-                         const MaybeTensor& residual, const Tensor& out);
+                         const MaybeTensor& residual, const Tensor& out, bool largest_only);
 FULLBEAM_API void rope(const Tensor& x, const Tensor& positions, const Tensor& inv_freq,
                        bool interleaved, float scale);
 FULLBEAM_API void kv_write(const Tensor& k, const Tensor& v, const Tensor& k_pages,

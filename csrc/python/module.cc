@@ -36,11 +36,11 @@ std::vector<WeightPart> parts_of(const std::vector<PartTuple>& parts,
   return views;
 }
 
-PackedWeight pack_weight(const std::vector<PartTuple>& parts) {
+PackedWeight pack_weight(const std::vector<PartTuple>& parts, bool largest_only) {
   std::vector<py::object> owners;
   const std::vector<WeightPart> views = parts_of(parts, owners);
   py::gil_scoped_release release;
-  return PackedWeight(views);
+  return PackedWeight(views, largest_only);
 }
 
 // Holds on to the parts' memory until all is packed.
@@ -90,15 +90,16 @@ PYBIND11_MODULE(_core, m) {
         for (const WeightSegment& segment : w.segments()) types.emplace_back(name_of(segment.type));
         return types;
       });
-  m.def("pack_weight", &pack_weight, py::arg("parts"));
+  m.def("pack_weight", &pack_weight, py::arg("parts"), py::arg("largest_only"));
   py::class_<PyPacking>(m, "Packing")
       .def(py::init<int, std::int64_t>(), py::arg("num_threads"), py::arg("spare_bytes"))
       .def(
           "add",
-          [](PyPacking& self, const std::vector<PartTuple>& parts, bool release) {
-            return self.packing.add(parts_of(parts, self.owners), release);
+          [](PyPacking& self, const std::vector<PartTuple>& parts, bool release,
+             bool largest_only) {
+            return self.packing.add(parts_of(parts, self.owners), release, largest_only);
           },
-          py::arg("parts"), py::arg("release"))
+          py::arg("parts"), py::arg("release"), py::arg("largest_only"))
       .def(
           "wait",
           [](PyPacking& self, double seconds) {
@@ -125,7 +126,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("layer_norm", &ops::layer_norm, Op(), py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("out"), py::arg("eps"));
   m.def("linear", &ops::linear, Op(), py::arg("x"), py::arg("weight"), py::arg("bias").none(true),
-        py::arg("residual").none(true), py::arg("out"));
+        py::arg("residual").none(true), py::arg("out"), py::arg("largest_only"));
   m.def("rope", &ops::rope, Op(), py::arg("x"), py::arg("positions"), py::arg("inv_freq"),
         py::arg("interleaved"), py::arg("scale"));
   m.def("kv_write", &ops::kv_write, Op(), py::arg("k"), py::arg("v"), py::arg("k_pages"),

@@ -71,6 +71,7 @@ class Packing:
             ]
         ],
         release: bool,
+        largest_only: bool,
     ) -> PackedWeight: ...
     def wait(self, seconds: typing.SupportsFloat | typing.SupportsIndex) -> bool: ...
     @property
@@ -168,6 +169,7 @@ def linear(
     bias: typing.Any | None,
     residual: typing.Any | None,
     out: typing.Any,
+    largest_only: bool,
 ) -> None: ...
 def logprobs(
     logits: typing.Any,
@@ -190,6 +192,7 @@ def pack_weight(
             ],
         ]
     ],
+    largest_only: bool,
 ) -> PackedWeight: ...
 def rms_norm(
     x: typing.Any,

@@ -90,7 +90,9 @@ def _new_like(x: Array) -> Array:
     return _new_activation(x, tuple(getattr(x, "shape", ())))
 
 
-def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWeight:
+def pack_weight(
+    parts: Sequence[tuple[Array, str, tuple[int, int]]], *, largest_only: bool = False
+) -> PackedWeight:
     """Lay a weight matrix out for `linear` and `embedding`.
 
     Parameters
@@ -99,6 +101,9 @@ def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWe
         uint8 bytes of a GGUF tensor, row-major, and its type: F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0
         Q5_1 Q4_K Q5_K Q6_K. Parts are stacked by rows and keep their types: one product serves
         query, key and value, or gate and up.
+    largest_only : bool
+        The halves of Q8_0 values lie apart, so that `linear` can do without most of the lower ones
+        where only each token's largest value matters. Products of many tokens are up to 7 % slower.
 
     Returns
     -------
@@ -111,7 +116,7 @@ def pack_weight(parts: Sequence[tuple[Array, str, tuple[int, int]]]) -> PackedWe
         Unknown type, columns that are no multiple of its block, or a number of bytes that
         doesn't fit the shape.
     """
-    return _core.pack_weight(list(parts))
+    return _core.pack_weight(list(parts), largest_only)
 
 
 def dequantise(
@@ -239,6 +244,7 @@ def linear(
     bias: Array | None = None,
     residual: Array | None = None,
     out: Array | None = None,
+    largest_only: bool = False,
 ) -> Array:
     """``x @ weight.T [+ bias] [+ residual]``.
 
@@ -252,6 +258,11 @@ def linear(
     bias : float32 [rows]
     residual : float32 [num_tokens, rows]
         ``out`` may be ``residual``.
+    largest_only : bool
+        Only each token's largest value matters, and where it is, as for a greedy draw. The others
+        are then anything from their true value up, below the largest: where few tokens meet Q8_0
+        weights that were packed for it, only the upper halves of most rows are read. Not together
+        with ``residual``.
 
     Returns
     -------
@@ -267,7 +278,7 @@ def linear(
         return _torch_linear(x, weight, bias, residual, out)
     if out is None:
         out = _new(x, (_size(x, 0), _size(weight, 0)))
-    _core.linear(x, weight, bias, residual, out)
+    _core.linear(x, weight, bias, residual, out, largest_only)
     return out
 
 

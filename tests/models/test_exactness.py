@@ -110,6 +110,67 @@ def test_threads_change_nothing(tiny_path: Path) -> None:
     assert complete(make_engine(two), batch) == expected
 
 
+def _greedy(model: OpenModel, num_rows: int, **fields: Any) -> list[list[int]]:
+    """What so many prompts are completed by, together."""
+    params = CompletionParams(max_tokens=50, temperature=0, ignore_eos=True, **fields)
+    batch = [(ids, params) for ids, _ in requests()[:num_rows]]
+    return [choice.token_ids for (choice,) in complete(make_engine(model), batch)]
+
+
+def _note_steps(model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each step, as it comes, whether it needs the largest logits alone."""
+    noted: list[bool] = []
+    forward = model.decoder.forward
+
+    def note(batch: Any, *rest: Any) -> Any:
+        noted.append(batch.largest_only)
+        return forward(batch, *rest)
+
+    monkeypatch.setattr(model.decoder, "forward", note)
+    return noted
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 7])
+@pytest.mark.parametrize("arch", ["gemma3", "qwen2"])
+def test_greedy_rows_need_no_more_than_the_largest_logits(
+    isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, arch: str
+) -> None:
+    tiny, _ = TINY[arch]
+    path = tiny.write(tmp_path / "tiny.gguf", tiny.weights(seed=9), "Q8_0")
+    model = open_model(path, threads=2)
+    whole = _greedy(model, num_rows, logprobs=0)
+    noted = _note_steps(model, monkeypatch)
+    assert _greedy(model, num_rows) == whole
+    assert noted
+    assert all(noted)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.5, "seed": 1},
+        {"logprobs": 0},
+        {"prompt_logprobs": 0, "max_tokens": 0},
+        {"best_of": 2},
+        {"beam_size": 2, "temperature": 1.0},
+        {"logit_bias": {5: 1.0}},
+        {"frequency_penalty": 0.1},
+        {"allowed_token_ids": [5, 6]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_row_that_needs_other_logits_gets_them(
+    model: OpenModel, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    noted = _note_steps(model, monkeypatch)
+    (ids, _), (others, _) = requests()[1:3]
+    params = CompletionParams(**{"max_tokens": 3, "temperature": 0, "ignore_eos": True} | fields)
+    free = CompletionParams(max_tokens=5, temperature=0, ignore_eos=True)
+    complete(make_engine(model), [(ids, params), (others, free)])
+    assert noted[:3] == [False] * 3 or (params.max_tokens == 0 and not noted[0])
+    assert noted[-1]
+
+
 def test_calls_from_threads_answer_as_each_alone(model: OpenModel) -> None:
     batch = requests()
     expected = [[choice.token_ids for choice in choices] for choices in alone(model, batch)]
@@ -186,6 +247,28 @@ def gemma_alone() -> list[list[Piece]]:
 def test_gemma_in_a_batch_of_8() -> None:
     expected = gemma_alone()
     assert complete(make_engine(gemma()), gemma_requests()) == expected
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_gemma_completes_greedily_as_its_whole_logits_say(num_rows: int) -> None:
+    encode = gemma().tokenizer.encode
+    for start in range(0, len(GEMMA_PROMPTS), num_rows):
+        texts = GEMMA_PROMPTS[start : start + num_rows]
+        expected, largest = (
+            complete(
+                make_engine(gemma()),
+                [
+                    (
+                        encode(text),
+                        CompletionParams(max_tokens=24, temperature=0, logprobs=logprobs),
+                    )
+                    for text in texts
+                ],
+            )
+            for logprobs in (0, None)
+        )
+        for (whole,), (choice,) in zip(expected, largest, strict=True):
+            assert choice.token_ids == whole.token_ids
 
 
 def test_gemma_with_few_pages_and_small_chunks() -> None:

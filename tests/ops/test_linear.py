@@ -149,6 +149,80 @@ def test_linear_of_zeros_and_of_tiny_numbers(kind: str, rng: Any) -> None:
         assert_product(out[row : row + 1], x[row : row + 1], dense, kind)
 
 
+def assert_largest(out: Array, whole: Array) -> None:
+    """The largest values are there, bit for bit, and all others are bounds below them."""
+    largest = whole.max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(out.max(axis=1, keepdims=True), largest)
+    np.testing.assert_array_equal(out == largest, whole == largest)
+    assert (out >= whole).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("num_rows", [1, 16, 37, 1000])
+def test_linear_finds_the_largest_values(rng: Any, num_tokens: int, num_rows: int) -> None:
+    data = reference.quantize(rng.standard_normal((num_rows, 320)), "Q8_0")
+    parts = [(data, "Q8_0", (num_rows, 320))]
+    weight = ops.pack_weight(parts, largest_only=True)
+    whole = ops.pack_weight(parts)
+    assert weight.num_bytes == whole.num_bytes
+    x = strided(rng.standard_normal((num_tokens, 320)).astype(np.float32))
+    np.testing.assert_array_equal(ops.linear(x, weight), ops.linear(x, whole))
+    for count in (1, 2, 5):
+        with num_threads(count), guarded((num_tokens, num_rows)) as out:
+            ops.linear(x, weight, largest_only=True, out=out)
+            assert_largest(out, ops.linear(x, whole))
+    # Only the layout and the number of tokens decide whether bounds are left.
+    has_bounds = (ops.linear(x, weight, largest_only=True) != ops.linear(x, whole)).any()
+    assert has_bounds == (
+        num_rows == 1000 and num_tokens <= (2 if _core.cpu_isa() == "portable" else 4)
+    )
+    np.testing.assert_array_equal(ops.linear(x, whole, largest_only=True), ops.linear(x, whole))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_linear_finds_largest_values_next_to_their_bounds(rng: Any, sign: int) -> None:
+    """Lower halves that are all 0 or all 15, as the activations' signs have it."""
+    x = rng.standard_normal((2, 1024)).astype(np.float32)
+    up = np.where(x[0] > 0, 15, 0) if sign > 0 else np.where(x[0] > 0, 0, 15)
+    values = (rng.integers(-8, 8, (400, 1024)) * 16 + up).astype(np.int8)
+    values[200:] = values[:200]  # every value twice
+    blocks = np.zeros((400 * 32, 34), np.uint8)
+    blocks[:, :2] = rng.uniform(0.01, 0.02, (400 * 32, 1)).astype(np.float16).view(np.uint8)
+    blocks[200 * 32 :, :2] = blocks[: 200 * 32, :2]
+    blocks[:, 2:] = values.reshape(-1, 32).view(np.uint8)
+    parts = [(blocks.reshape(-1), "Q8_0", (400, 1024))]
+    out = ops.linear(x, ops.pack_weight(parts, largest_only=True), largest_only=True)
+    assert_largest(out, ops.linear(x, ops.pack_weight(parts)))
+    assert ((out == out.max(axis=1, keepdims=True)).sum(axis=1) == 2).all()
+
+
+def test_linear_finds_largest_values_of_any_scales(rng: Any) -> None:
+    """Scales of both signs, infinite ones and no numbers; tokens of zeros, tiny and huge ones."""
+    data = reference.quantize(rng.standard_normal((200, 64)), "Q8_0")
+    scales = data.reshape(400, 34)[:, :2]
+    scales[::3] = (-scales[::3].copy().view(np.float16)).view(np.uint8)
+    parts = [(data, "Q8_0", (200, 64))]
+    x = rng.standard_normal((4, 64)).astype(np.float32)
+    x[1], x[2], x[3] = 0, x[2] * np.float32(1e-38), x[3] * np.float32(1e30)
+    out = ops.linear(x, ops.pack_weight(parts, largest_only=True), largest_only=True)
+    assert_largest(out, ops.linear(x, ops.pack_weight(parts)))
+    for value in (np.inf, -np.inf, np.nan):
+        scales[7] = np.array([value], np.float16).view(np.uint8)
+        out = ops.linear(x, ops.pack_weight(parts, largest_only=True), largest_only=True)
+        whole = ops.linear(x, ops.pack_weight(parts))
+        np.testing.assert_array_equal(np.isnan(out), np.isnan(whole))
+        np.testing.assert_array_equal(np.isinf(out), np.isinf(whole))
+
+
+def test_linear_adds_a_bias_to_largest_values(rng: Any) -> None:
+    data = reference.quantize(rng.standard_normal((300, 64)), "Q8_0")
+    weight = ops.pack_weight([(data, "Q8_0", (300, 64))], largest_only=True)
+    x = rng.standard_normal((2, 64)).astype(np.float32)
+    bias = 10 * rng.standard_normal(300).astype(np.float32)
+    out = ops.linear(x, weight, bias=bias, largest_only=True)
+    assert_largest(out, ops.linear(x, weight, bias=bias))
+
+
 def test_linear_refuses_what_does_not_fit(rng: Any) -> None:
     weight, _ = make_weight(rng, [("Q8_0", 16)], 64)
     x = np.zeros((2, 64), np.float32)
@@ -160,6 +234,9 @@ def test_linear_refuses_what_does_not_fit(rng: Any) -> None:
         ops.linear(x, weight, bias=np.zeros(15, np.float32))
     with pytest.raises(ValueError, match=r"^linear: residual must be \[num_tokens=2, 16\], got"):
         ops.linear(x, weight, residual=np.zeros((3, 16), np.float32))
+    message = r"^linear: residual must be None where largest_only is True, got an array$"
+    with pytest.raises(ValueError, match=message):
+        ops.linear(x, weight, residual=np.zeros((2, 16), np.float32), largest_only=True)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +294,8 @@ def test_weights_packed_in_the_background_are_the_same(tmp_path: Path, spare_byt
         mapped = np.memmap(tmp_path / kind, np.uint8, "r", offset=7)
         sources.append((mapped, kind, (4099, cols)))
     packing = _core.Packing(2, spare_bytes)
-    weights = [packing.add([source], release=True) for source in sources]
-    weights.append(packing.add(sources[:1] + sources[:1], release=False))
+    weights = [packing.add([source], release=True, largest_only=False) for source in sources]
+    weights.append(packing.add(sources[:1] + sources[:1], release=False, largest_only=True))
     while not packing.wait(0.01):
         pass
     num_bytes = sum(weight.num_bytes for weight in weights)
@@ -233,5 +310,5 @@ def test_weights_packed_in_the_background_are_the_same(tmp_path: Path, spare_byt
 def test_packing_refuses_what_pack_weight_refuses() -> None:
     packing = _core.Packing(1, 0)
     with pytest.raises(ValueError, match=r"^pack_weight: "):
-        packing.add([(np.zeros(33, np.uint8), "Q8_0", (1, 32))], release=False)
+        packing.add([(np.zeros(33, np.uint8), "Q8_0", (1, 32))], release=False, largest_only=False)
     assert packing.wait(0)

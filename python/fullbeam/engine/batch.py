@@ -39,6 +39,7 @@ class Batch:
     page_table: Int32Array  # [num_seqs, max_pages], -1 where unused; any width
     seq_lens: Int32Array  # [num_seqs], KV length, this step's tokens included; a search's: prompt
     logit_rows: Int32Array  # [num_logit_rows], token rows whose logits are wanted, ascending
+    largest_only: bool = False  # of which only the largest in each row matter
     # Of the sequences that decode: the searches among them. num_words is 0 where there is none.
     slot_starts: Int32Array = field(default_factory=_no_numbers)  # [num_decode], key index
     num_slots: Int32Array = field(default_factory=_no_numbers)  # [num_decode], 0: plain

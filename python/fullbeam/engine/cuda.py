@@ -42,6 +42,7 @@ class CudaDevice:
 
     name = "cuda"
     threads = 0
+    gains_largest_only = False
     kv_share = 0.9
     row_cost = 0.02  # estimated: weights are read once for all rows
 
@@ -93,7 +94,7 @@ class CudaDevice:
         size: int = getattr(torch, self.dtype).itemsize
         return size * math.prod(shape)
 
-    def pack(self, parts: list[Part]) -> Any:
+    def pack(self, parts: list[Part], largest_only: bool) -> Any:
         rows, cols = sum(shape[0] for _, _, shape in parts), parts[0][2][1]
         matrix = torch.empty((rows, cols), dtype=getattr(torch, self.dtype), device=self._device)
         start = 0
@@ -221,8 +222,8 @@ class _Uploads:
         self._device = device
         self.packed_bytes = 0
 
-    def add(self, parts: list[Part], release: bool) -> Any:
-        weight = self._device.pack(parts)
+    def add(self, parts: list[Part], release: bool, largest_only: bool) -> Any:
+        weight = self._device.pack(parts, largest_only)
         for data, _, _ in parts:
             self.packed_bytes += data.nbytes
         return weight

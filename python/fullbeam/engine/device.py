@@ -41,7 +41,7 @@ class Packing(Protocol):
     def packed_bytes(self) -> int:
         """Of the parts, so far."""
 
-    def add(self, parts: list[Part], release: bool) -> Any:
+    def add(self, parts: list[Part], release: bool, largest_only: bool) -> Any:
         """Return a weight that may be used once `wait` says so; `release` the parts' pages."""
 
     def wait(self, seconds: float) -> bool:
@@ -91,6 +91,10 @@ class Device(Protocol):
         """What one more token adds to a step of few, as a share of a step of one."""
 
     @property
+    def gains_largest_only(self) -> bool:
+        """Whether `ops.linear` is faster where only each token's largest value matters."""
+
+    @property
     def kv_share(self) -> float:
         """Of the memory that is left once the weights are loaded: for keys and values."""
 
@@ -114,7 +118,7 @@ class Device(Protocol):
     def weight_bytes(self, shape: tuple[int, ...], file_bytes: int) -> int:
         """Memory that a weight of a file takes."""
 
-    def pack(self, parts: list[Part]) -> Any:
+    def pack(self, parts: list[Part], largest_only: bool) -> Any:
         """A weight for `ops.linear` and `ops.embedding`; see `ops.pack_weight`."""
 
     def packing(self, spare_bytes: int) -> Packing:
@@ -204,6 +208,7 @@ class CpuDevice:
     dtype = "float32"
     kv_dtype = "float16"
     kv_share = 0.5
+    gains_largest_only = True
     runs_ahead = False
 
     def __init__(self, threads: int) -> None:
@@ -226,8 +231,8 @@ class CpuDevice:
     def weight_bytes(self, shape: tuple[int, ...], file_bytes: int) -> int:
         return file_bytes
 
-    def pack(self, parts: list[Part]) -> Any:
-        return _core.pack_weight(parts)
+    def pack(self, parts: list[Part], largest_only: bool) -> Any:
+        return _core.pack_weight(parts, largest_only)
 
     def packing(self, spare_bytes: int) -> Packing:
         # One processor is left to the caller, which is busy all the while.

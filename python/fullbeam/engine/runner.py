@@ -65,6 +65,7 @@ class Decoder(Protocol):
     def forward(self, batch: Batch, kv: Any, stop: Stop) -> Array:
         """Return logits [num_logit_rows, vocab_size] on the device, valid until the next call.
 
+        Where only the largest matter, others may be anything below it from their true value up.
         `kv` comes from its own allocate_kv. Raises `Interrupted` once `stop` is set.
         """
 
@@ -144,6 +145,7 @@ class Runner:
             page_table=self._page_table[:num_seqs],
             seq_lens=self._seq_lens[:num_seqs],
             logit_rows=np.array(logit_rows, np.int32),
+            largest_only=all(work.wants_largest_only for work in works),
             drawn=drawn,
             sources=np.array(sources, np.int32),
             **self._slot_arrays(works[:num_decode]),

@@ -46,6 +46,14 @@ class Work:
         return self.row is not None and self.row.table is not self.table
 
     @property
+    def wants_largest_only(self) -> bool:
+        """Whether all that it wants of a row of logits is the largest one."""
+        is_scored = self.score_stop > self.score_start
+        return not (is_scored or self.expands) and all(
+            row.takes_largest(self.drafts) for row in self.drawing
+        )
+
+    @property
     def num_draws(self) -> int:
         """Rows of logits that tokens are drawn or chosen from."""
         if self.expands:

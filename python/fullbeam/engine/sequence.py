@@ -224,6 +224,19 @@ class Row:
             masks.append(rules.allowed(state, self.num_generated + num_ahead))
         return masks
 
+    def takes_largest(self, drafts: list[int]) -> bool:
+        """Whether its next token, and that after each token of a draft, is the one of the largest
+        logit, of which nothing is reported."""
+        params = self.sequence.request.params
+        if (
+            params.temperature > 0
+            or params.num_top >= 0
+            or params.biases
+            or self.history is not None
+        ):
+            return False
+        return all(mask is None for mask in self.masks(drafts))
+
     def histories(self, drafts: list[int]) -> list[History | None]:
         """The tokens so far, and those with each token of a draft; None without a penalty."""
         history = self.history

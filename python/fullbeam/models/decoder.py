@@ -42,6 +42,7 @@ class _Shape:
     num_chunk_tokens: int  # of the others
     num_chunks: int
     num_logit_rows: int
+    largest_only: bool
     has_slots: bool
 
     @property
@@ -59,6 +60,7 @@ def _shape_of(batch: Batch, device: Device) -> _Shape:
         num_chunk_tokens=rounded(len(batch.token_ids) - batch.num_decode_rows),
         num_chunks=rounded(len(batch.seq_lens) - batch.num_decode),
         num_logit_rows=rounded(len(batch.logit_rows)),
+        largest_only=batch.largest_only and device.gains_largest_only,
         has_slots=has_slots,
     )
 
@@ -227,6 +229,7 @@ class Decoder:
     def forward(self, batch: Batch, kv: KvCache, stop: _core.Stop | None = None) -> Array:
         """Return logits, float32 [num_logit_rows, vocab_size], valid until the next call.
 
+        Where only the largest matter, others may be anything below it from their true value up.
         Raises `Interrupted` after the op in which `stop` is set.
         """
         with self.device.active():
@@ -373,7 +376,9 @@ class Decoder:
         ops.embedding(wanted, b.attended[: shape.num_tokens], out=attended)
         self._feed_forward(self.weights.layers[-1], attended, x, b)
         self._norm(x, self.weights.output_norm, x)
-        ops.linear(x, self.weights.head, out=logits)
+        # Capping can make equals of different logits: then bounds must not stand for them.
+        largest_only = shape.largest_only and not config.logit_softcap
+        ops.linear(x, self.weights.head, out=logits, largest_only=largest_only)
         if config.logit_softcap:
             ops.softcap(logits, config.logit_softcap, out=logits)
 

@@ -32,16 +32,19 @@ class WeightReader:
     def has(self, name: str) -> bool:
         return name in self._source.tensors
 
-    def matrix(self, *parts: tuple[str, int, int]) -> Matrix:
-        """Stack tensors (name, rows, cols) by rows; packed, at the latest, with the packing."""
+    def matrix(self, *parts: tuple[str, int, int], largest_only: bool = False) -> Matrix:
+        """Stack tensors (name, rows, cols) by rows; packed, at the latest, with the packing.
+
+        `largest_only`: see `ops.pack_weight`.
+        """
         tensors = [self._find(name, (rows, cols)) for name, rows, cols in parts]
         try:
             arrays = [(t.data, t.type, (t.shape[0], t.shape[1])) for t in tensors]
             if self._source.is_mapped:
-                weight = self._packing.add(arrays, release=True)
+                weight = self._packing.add(arrays, release=True, largest_only=largest_only)
                 self._progress(0)
                 return weight
-            weight = self._device.pack(arrays)
+            weight = self._device.pack(arrays, largest_only)
         except ValueError as error:
             names = ", ".join(tensor.name for tensor in tensors)
             raise ValueError(f"{self._source.path}: tensor {names}: {error}") from error
@@ -109,10 +112,11 @@ def read_weights(
     """
     reader = WeightReader(source, device, packing, progress)
     hidden, vocab = config.hidden_size, config.vocab_size
-    embedding = reader.matrix(("token_embd.weight", vocab, hidden))
+    is_tied = not reader.has("output.weight")
+    embedding = reader.matrix(("token_embd.weight", vocab, hidden), largest_only=is_tied)
     head, positions = embedding, None
-    if reader.has("output.weight"):
-        head = reader.matrix(("output.weight", vocab, hidden))
+    if not is_tied:
+        head = reader.matrix(("output.weight", vocab, hidden), largest_only=True)
     if config.ropes[0] is None:
         positions = reader.matrix(("position_embd.weight", config.context_len, hidden))
     return Weights(
