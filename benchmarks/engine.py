@@ -73,7 +73,9 @@ def random_decoder(shape: str, device: Device, context: int) -> Decoder:
             return torch.randn((rows, cols), dtype=dtype, device=where).mul_(cols**-0.5)
         rng = np.random.default_rng(rows)
         values = rng.standard_normal((rows, cols), np.float32) * np.float32(cols**-0.5)
-        return device.pack([(values.reshape(-1).view(np.uint8), "F32", (rows, cols))])
+        return device.pack(
+            [(values.reshape(-1).view(np.uint8), "F32", (rows, cols))], largest_only=False
+        )
 
     def norm() -> Norm:
         return Norm(device.upload(np.ones(hidden, np.float32)))

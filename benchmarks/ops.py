@@ -88,20 +88,27 @@ def layer_norm(num_tokens: int) -> Case:
     return Case(lambda: ops.layer_norm(x, weight, bias), baseline, 2 * x.nbytes, 7 * x.size)
 
 
-def linear(num_tokens: int, kind: str) -> Case:
-    shape = (FEED_FORWARD, 1024)
-    data = reference.quantize(normal(*shape), kind)
-    weight, x = ops.pack_weight([(data, kind, shape)]), normal(num_tokens, 1024)
+def linear(num_tokens: int, kind: str, largest_only: bool = False) -> Case:
+    """With `largest_only` a head, beside its whole product; one row matches each token."""
+    shape = (VOCAB, HIDDEN) if largest_only else (FEED_FORWARD, 1024)
+    values, x = normal(*shape), normal(num_tokens, shape[1])
+    data = reference.quantize(values, kind)
+    parts = [(data, kind, shape)]
+    weight, whole = ops.pack_weight(parts, largest_only=largest_only), ops.pack_weight(parts)
+    if largest_only:
+        x += values[rng.choice(VOCAB, num_tokens)] / 3
     dense, tx = tensor(reference.dequantize(data, kind, shape).T.copy()), tensor(x)
-    num_bytes = data.nbytes + x.nbytes + num_tokens * shape[0] * 4
+    num_bytes = data.nbytes - weight.low_bytes + x.nbytes + num_tokens * shape[0] * 4
     flops = 2 * num_tokens * shape[0] * shape[1]
     return Case(
-        lambda: ops.linear(x, weight),
-        lambda: tx @ dense,
+        lambda: ops.linear(x, weight, largest_only=largest_only),
+        (lambda: ops.linear(x, whole)) if largest_only else (lambda: tx @ dense),
         num_bytes,
         flops,
         is_int8=kind not in ("F32", "F16", "BF16"),
         dtype=kind,
+        check=not largest_only,
+        **({"baseline_name": "whole"} if largest_only else {}),
     )
 
 
@@ -419,6 +426,7 @@ CASES: dict[Callable[..., Case], list[dict[str, Any]]] = {
         ),
         *({"num_tokens": 1, "kind": kind} for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q5_K")),
         *({"num_tokens": 1, "kind": kind} for kind in ("F32", "F16", "BF16")),
+        *({"num_tokens": n, "kind": "Q8_0", "largest_only": True} for n in (1, 4)),
     ],
     rope: [{"num_tokens": 1}, {"num_tokens": 512}],
     kv_write: [{"num_tokens": 1}, {"num_tokens": 512}],

@@ -203,11 +203,13 @@ def load_of(path: Path) -> tuple[Load, list[int]]:
             if len(tensor.shape) == 2
         }
         tokenizer = Tokenizer.from_gguf(file)
-    embedding = "token_embd.weight"
-    head = "output.weight" if "output.weight" in sizes else embedding
+        embedding = "token_embd.weight"
+        head = "output.weight" if "output.weight" in sizes else embedding
+        # Of a block of Q8_0, 34 bytes, 16 are lower halves.
+        spared = sizes[head] // 34 * 16 if file.tensors[head].type == "Q8_0" else 0
     spare = sizes[embedding] if head != embedding else 0
     layers = sum(products.values()) - products[embedding] - (head != embedding) * products[head]
-    load = Load(sum(sizes.values()) - spare, layers, products[head])
+    load = Load(sum(sizes.values()) - spare, spared, layers, products[head])
     ids = [idx for text in CODE for idx in tokenizer.encode(text, add_special_tokens=False)]
     return load, ids
 
@@ -272,7 +274,9 @@ def shares(task: Task, figure: float, load: Load, best: Ceilings, name: str) -> 
     elif task.max_tokens > 1:
         products += load.head_products * figure
         if name in ("fullbeam", "llama.cpp"):
-            rate = figure / task.num_rows * load.step_bytes
+            ours = name == "fullbeam"
+            num_bytes = load.read_bytes(task.num_rows) if ours else load.step_bytes
+            rate = figure / task.num_rows * num_bytes
             found["%read"] = 100 * rate / best.read_bytes
     if best.int8_ops:
         found["%int8"] = 100 * 2 * products / best.int8_ops

@@ -56,10 +56,12 @@ def test_a_load_is_the_bytes_and_products_of_the_weights(tiny: Path) -> None:
     assert load.step_bytes >= (load.layer_products + load.head_products) * 34 // 32
     assert peers.load_of(tiny)[0].layer_products == load.layer_products
     assert peers.load_of(tiny)[0].head_products == load.head_products
+    assert load.spared_bytes == -(-300 // 16) * 16 * 64 // 2  # in whole panels of 16 rows
+    assert peers.load_of(tiny)[0].spared_bytes == 300 * 64 // 2
 
 
 def test_shares_of_the_ceilings() -> None:
-    load = bench.Load(step_bytes=10**6, layer_products=10**6, head_products=10**5)
+    load = bench.Load(10**6, spared_bytes=10**5, layer_products=10**6, head_products=10**5)
     ceilings = bench.Ceilings(read_bytes=1e9, int8_ops=1e10)
     task = bench.Task(num_seqs=8, num_prompt=64, max_tokens=33)
     values = task.values(first_s=1.0, total_s=1.0 + 32 * 0.002, tokens_between=8 * 32)
@@ -69,6 +71,8 @@ def test_shares_of_the_ceilings() -> None:
     shares = task.shares(values, load, ceilings)
     assert shares["%read"] == pytest.approx(100 * 500 * 1e6 / 1e9)
     assert shares["%int8"] == pytest.approx(100 * 2 * 500 * 8 * 1.1e6 / 1e10)
+    one = bench.Task(num_seqs=1, num_prompt=64, max_tokens=33)
+    assert one.shares(values, load, ceilings)["%read"] == pytest.approx(100 * 500 * 0.9e6 / 1e9)
 
 
 def test_bench_measures_and_writes_json(tiny: Path, tmp_path: Path) -> None:

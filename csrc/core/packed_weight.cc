@@ -253,6 +253,7 @@ void PackedWeight::lay_out(const std::vector<WeightPart>& parts, bool largest_on
     num_bytes_ += (segment.num_panels * segment.panel_bytes + 63) / 64 * 64;
     low_offsets.push_back(num_bytes_);
     num_bytes_ += segment.num_panels * segment.low_bytes;
+    low_bytes_ += segment.num_panels * segment.low_bytes;
     rows_ += part.rows;
     num_panels_ += segment.num_panels;
     segments_.push_back(segment);

@@ -35,6 +35,7 @@ class PackedWeight {
   std::int64_t cols() const { return cols_; }
   std::int64_t num_panels() const { return num_panels_; }
   std::int64_t num_bytes() const { return num_bytes_; }
+  std::int64_t low_bytes() const { return low_bytes_; }  // of them, lower halves that lie apart
   const std::vector<WeightSegment>& segments() const { return segments_; }
 
  private:
@@ -45,7 +46,7 @@ class PackedWeight {
 
   std::shared_ptr<std::uint8_t> storage_;
   std::vector<WeightSegment> segments_;
-  std::int64_t rows_ = 0, cols_ = 0, num_panels_ = 0, num_bytes_ = 0;
+  std::int64_t rows_ = 0, cols_ = 0, num_panels_ = 0, num_bytes_ = 0, low_bytes_ = 0;
 };
 
 // Packs many matrices in threads of its own while the caller goes on. A matrix may be used once

@@ -92,20 +92,18 @@ class Largest {
     while (panel + 1 < end_of(stretch) &&
            reduce_max(largest_of(panel, token)) < peak(token, stretch))
       ++panel;
-    settle(panel, token, panel);
+    settle(panel, token, 1, panel);
     const float value = reduce_max(largest_of(panel, token));
     // What subnormal numbers lose to rounding no margin covers.
     const bool is_normal = value < -1e-30f || (value > 1e-30f && value < __builtin_inff());
     floors_[token] = is_normal ? value : -__builtin_inff();
   }
 
-  // True values for what may be a largest one, of the panels of stretches [begin, end).
+  // True values of panels that may have a largest one, of stretches [begin, end).
   void settle(std::int64_t begin, std::int64_t end) {
     for (std::int64_t panel = next_open(begin * kStretch, end); panel < end_of(end - 1);) {
       const std::int64_t next = next_open(panel + 1, end);
-      for (std::int64_t t = 0; t < p.num_tokens; ++t) {
-        if (is_open(panel, t)) settle(panel, t, next < end_of(end - 1) ? next : panel);
-      }
+      settle(panel, 0, p.num_tokens, next < end_of(end - 1) ? next : panel);
       panel = next;
     }
   }
@@ -151,12 +149,14 @@ class Largest {
     }
     return panel;
   }
-  void settle(std::int64_t panel, std::int64_t token, std::int64_t next) {
+  // True values of a panel for tokens [begin, begin + count); `next` is prefetched meanwhile.
+  void settle(std::int64_t panel, std::int64_t begin, std::int64_t count, std::int64_t next) {
     const WeightSegment &segment = segment_of(panel), &following = segment_of(next);
     const std::int64_t idx = panel - segment.panel_begin;
-    F32 acc[1][kParts] = {};
-    one_panel(p, segment, idx, a, token, 1, panel_at(following, next - following.panel_begin), acc);
-    write_panel(p, segment, idx, token, 1, acc);
+    F32 acc[kMostTokens][kParts] = {};
+    one_panel(p, segment, idx, a, begin, count, panel_at(following, next - following.panel_begin),
+              acc);
+    write_panel(p, segment, idx, begin, count, acc);
   }
 
   const LinearParams& p;

@@ -85,6 +85,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly(
           "shape", [](const PackedWeight& w) { return py::make_tuple(w.rows(), w.cols()); })
       .def_property_readonly("num_bytes", &PackedWeight::num_bytes)
+      .def_property_readonly("low_bytes", &PackedWeight::low_bytes)
       .def_property_readonly("types", [](const PackedWeight& w) {
         std::vector<std::string> types;
         for (const WeightSegment& segment : w.segments()) types.emplace_back(name_of(segment.type));

@@ -74,8 +74,13 @@ class Load:
     """What tokens cost: bytes that a step reads, and products that a token takes."""
 
     step_bytes: int
+    spared_bytes: int  # of them, where one greedy row takes the largest logit
     layer_products: int
     head_products: int
+
+    def read_bytes(self, num_rows: int) -> int:
+        """Bytes that a step of greedy rows reads at least."""
+        return self.step_bytes - (self.spared_bytes if num_rows == 1 else 0)
 
     @classmethod
     def of(cls, weights: Weights) -> Load:
@@ -88,6 +93,7 @@ class Load:
         head = weights.head
         return cls(
             sum(matrix.num_bytes for matrix in matrices) + head.num_bytes,
+            head.low_bytes,
             sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices),
             head.shape[0] * head.shape[1],
         )
@@ -138,7 +144,7 @@ class Task:
         found = {}
         if "ms a step" in values:
             steps = 1e3 / values["ms a step"]
-            found["%read"] = 100 * steps * load.step_bytes / ceilings.read_bytes
+            found["%read"] = 100 * steps * load.read_bytes(self.num_rows) / ceilings.read_bytes
             products = steps * self.num_rows * (load.layer_products + load.head_products)
         if ceilings.int8_ops:
             found["%int8"] = 100 * 2 * products / ceilings.int8_ops

@@ -108,7 +108,8 @@ def pack_weight(
     Returns
     -------
     PackedWeight
-        With ``shape``, ``types`` and ``num_bytes``; independent of the arrays given.
+        With ``shape``, ``types``, ``num_bytes`` and, of those, the ``low_bytes`` that
+        ``largest_only`` mostly spares; independent of the arrays given.
 
     Raises
     ------

@@ -160,12 +160,13 @@ def assert_largest(out: Array, whole: Array) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("num_rows", [1, 16, 37, 1000])
 def test_linear_finds_the_largest_values(rng: Any, num_tokens: int, num_rows: int) -> None:
-    data = reference.quantize(rng.standard_normal((num_rows, 320)), "Q8_0")
-    parts = [(data, "Q8_0", (num_rows, 320))]
+    values = rng.standard_normal((num_rows, 320)).astype(np.float32)
+    parts = [(reference.quantize(values, "Q8_0"), "Q8_0", (num_rows, 320))]
     weight = ops.pack_weight(parts, largest_only=True)
     whole = ops.pack_weight(parts)
     assert weight.num_bytes == whole.num_bytes
-    x = strided(rng.standard_normal((num_tokens, 320)).astype(np.float32))
+    near = values[rng.choice(num_rows, num_tokens)]  # one row stands out for each token
+    x = strided(near + rng.standard_normal((num_tokens, 320)).astype(np.float32))
     np.testing.assert_array_equal(ops.linear(x, weight), ops.linear(x, whole))
     for count in (1, 2, 5):
         with num_threads(count), guarded((num_tokens, num_rows)) as out:
