@@ -172,11 +172,10 @@ def test_linear_finds_the_largest_values(rng: Any, num_tokens: int, num_rows: in
         with num_threads(count), guarded((num_tokens, num_rows)) as out:
             ops.linear(x, weight, largest_only=True, out=out)
             assert_largest(out, ops.linear(x, whole))
-    # Only the layout and the number of tokens decide whether bounds are left.
+    # Few tokens leave bounds where a row is far above the others.
     has_bounds = (ops.linear(x, weight, largest_only=True) != ops.linear(x, whole)).any()
-    assert has_bounds == (
-        num_rows == 1000 and num_tokens <= (2 if _core.cpu_isa() == "portable" else 4)
-    )
+    is_few = num_tokens <= (2 if _core.cpu_isa() == "portable" else 4)
+    assert has_bounds == is_few if num_rows == 1000 else is_few or not has_bounds
     np.testing.assert_array_equal(ops.linear(x, whole, largest_only=True), ops.linear(x, whole))
 
 
