@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -293,6 +294,32 @@ def test_broken_pipe_is_silent(run: Run, model: FakeModel) -> None:
     model.error = BrokenPipeError()
     result = run("complete", "one")
     assert (result.exit_code, result.stderr) == (141, "")
+
+
+def test_what_the_output_cannot_encode_is_replaced(model: FakeModel) -> None:
+    model.texts = [" été 日"]
+    latin = CliRunner(charset="latin-1")
+    assert latin.invoke(cli.main, ["complete", "one"]).stdout == " été ?\n"
+    result = latin.invoke(cli.main, ["complete", "--n", "2", "one"])
+    assert (result.exit_code, "[red] 1" in result.stdout) == (0, True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams in a shell of POSIX")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_as_good_as_the_null_device(closed: str) -> None:
+    program = (
+        "import os, sys, types, fullbeam; from fullbeam.cli import main;"
+        "choice = types.SimpleNamespace(text='said', logprobs=None, score=None, index=0,"
+        " finish_reason='');"
+        "model = types.SimpleNamespace(context=99, close=lambda: None, complete=lambda *_, **__:"
+        " types.SimpleNamespace(choices=[choice]), tokenizer=types.SimpleNamespace(encode=list));"
+        "fullbeam.load = lambda *_, **__: model;"
+        "main(['complete', '--n', '2', '-'])"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, input="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("said" in done.stdout) == (">&-" not in closed.replace("2>", ""))
 
 
 def test_models_lists_the_catalogue(run: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import click
 
 from fullbeam.cli import bench, complete, info, models, serve
+from fullbeam.cli.command import open_streams
 
 
 def _show_cmake_dir(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
@@ -39,6 +40,7 @@ def _show_cmake_dir(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> 
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Complete text and code on this machine."""
+    open_streams()
     # No garbage comes about until a model is loaded: a tenth of the start goes into looking for it.
     gc.disable()
     ctx.call_on_close(gc.enable)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -59,6 +60,15 @@ class Command(click.Command):
             is_input = isinstance(error, (ValueError, TypeError, NotImplementedError))
             kind = BadInput if is_input else Failure
             raise kind(text or type(error).__name__) from error
+
+
+def open_streams() -> None:
+    """Make the standard streams ones that can be used: closed ones nobody's, stdout any text's."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 MODEL_OPTIONS = ("device", "threads", "context", "draft_tokens", "quantize")
