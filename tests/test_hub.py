@@ -157,6 +157,7 @@ def test_offline_without_the_model_is_one_line(run: Run) -> None:
         ("../owner/name", False),
         ("owner/../x.gguf", False),
         ("owner/name/extra", False),
+        ("owner/" + "x" * 1000, False),
     ],
 )
 def test_hub_ids(name: str, expected: bool) -> None:

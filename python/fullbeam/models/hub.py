@@ -15,10 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fullbeam.checks import shown
+
 T = TypeVar("T")
 Progress = Callable[[float, str], None]
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[\w./-]+\.gguf)?")
+_MAX_NAME_LEN = 96  # the hub's, of an owner or a repository
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 # Fetched before the weights: where these are, all of what the repository has is there.
 _OPTIONAL = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -30,7 +33,8 @@ def is_id(model: str) -> bool:
     """Whether a name has the form of a hub id."""
     if model.count("/") == 1 and model.endswith(".gguf"):  # a file that isn't there
         return False
-    return _ID.fullmatch(model) is not None and ".." not in model
+    is_short = max(map(len, model.split("/")[:2])) <= _MAX_NAME_LEN
+    return is_short and _ID.fullmatch(model) is not None and ".." not in model
 
 
 def find(model: str, cache: Path) -> Path | None:
@@ -128,7 +132,7 @@ def _fetched(model: str, get: Callable[[], T]) -> T | None:
             return None
         reason = str(error).strip().split("\n", 1)[0]
         raise RuntimeError(
-            f"load: model {model!r} could not be fetched from the hub "
+            f"load: model {shown(model)} could not be fetched from the hub "
             f"({type(error).__name__}: {reason})"
         ) from error
 
