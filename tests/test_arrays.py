@@ -212,6 +212,15 @@ def test_what_is_wrong_with_an_array_is_told_by_op_and_argument(x: Any, message:
         ops.gated_activation(x)
 
 
+def test_errors_show_the_beginning_of_long_texts() -> None:
+    with pytest.raises(ValueError, match=r"gelu_tanh, got \w{97}\.\.\.$"):
+        ops.activation(X, activation="x" * 1_000_000)
+    with pytest.raises(ValueError, match=r"gelu_tanh, got x日{32}\.\.\.$"):
+        ops.activation(X, activation="x" + "日" * 1000)
+    with pytest.raises(ValueError, match=r"Q6_K, got \w{97}\.\.\.$"):
+        ops.dequantise(np.zeros(4, np.uint8), "x" * 1_000_000, (1, 1))
+
+
 def test_tensors_of_torch_as_weight_want_tensors_of_torch() -> None:
     torch = pytest.importorskip("torch")
     weight = torch.ones(16, 16)

@@ -283,6 +283,14 @@ def test_usage_errors_exit_with_2(run: Run, model: FakeModel, words: list[str]) 
     assert model.loaded == {}
 
 
+def test_errors_show_a_part_of_long_words(run: Run, model: FakeModel) -> None:
+    result = run("complete", "--n", "9" * 100_000, "one")
+    assert result.exit_code == 2
+    assert "Invalid value for '--n': '999" in result.stderr
+    assert "999' is not a valid integer." in result.stderr
+    assert len(result.stderr) < 500
+
+
 def test_interrupt_exits_with_130(run: Run, model: FakeModel) -> None:
     model.error = KeyboardInterrupt()
     result = run("complete", "one")

@@ -311,3 +311,31 @@ def test_schemas_are_those_of_the_checks(name: str) -> None:
                 CompletionParams(**{name: option["maximum"] + 1}, **beside.get(name, {}))
         for word in option.get("enum", []):
             CompletionParams(**{name: word}, **beside.get(name, {}))
+
+
+HUGE = {"number": 10**100_000, "text": "x" * 1_000_000, "list": [[1] * 100_000]}
+
+
+def refusal(**given: Any) -> str:
+    try:
+        CompletionParams(**given)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", HUGE)
+@pytest.mark.parametrize("field", [field.name for field in fields(CompletionParams)])
+def test_errors_name_the_field_and_show_little_of_huge_values(field: str, kind: str) -> None:
+    text = refusal(**{field: HUGE[kind]})
+    assert text == "" or text.startswith(f"CompletionParams: {field} must be ")
+    assert len(text) < 250
+
+
+def test_huge_numbers_are_out_of_range() -> None:
+    with pytest.raises(ParameterError, match=r"temperature must be in 0\.\.2, got 1000000000"):
+        CompletionParams(temperature=10**400)
+    with pytest.raises(ParameterError, match=r"n must be in 1\.\.128, got one of too many digits$"):
+        CompletionParams(n=10**100_000)
+    with pytest.raises(TypeError, match=r"^CompletionParams: 'x{96}\.\.\. is not a known field$"):
+        CompletionParams(**{"x" * 1_000_000: 1})

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/errors.h"
+
 namespace fullbeam {
 namespace {
 
@@ -20,7 +22,7 @@ Isa parse(const std::string& name) {
     }
   }
   throw std::invalid_argument(
-      "FULLBEAM_CPU_ISA: the instruction set must be portable, avx2 or avx512, got " + name);
+      "FULLBEAM_CPU_ISA: the instruction set must be portable, avx2 or avx512, got " + shown(name));
 }
 
 Isa choose() {

@@ -14,6 +14,7 @@
 #include <new>
 #include <stdexcept>
 
+#include "core/errors.h"
 #include "core/parallel.h"
 #include "core/weight_blocks.h"
 
@@ -191,7 +192,8 @@ WeightType parse_weight_type(const char* op, const std::string& name) {
     if (name == kNames[i]) return static_cast<WeightType>(i);
     known += (known.empty() ? "" : ", ") + std::string(kNames[i]);
   }
-  throw std::invalid_argument(std::string(op) + ": type must be one of " + known + ", got " + name);
+  throw std::invalid_argument(std::string(op) + ": type must be one of " + known + ", got " +
+                              shown(name));
 }
 
 std::int64_t row_bytes(WeightType type, std::int64_t cols) {

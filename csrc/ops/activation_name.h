@@ -10,7 +10,7 @@ namespace fullbeam::ops {
 inline Activation activation_of(const Check& check, const std::string& name) {
   if (name == "silu") return Activation::silu;
   if (name == "gelu") return Activation::gelu;
-  if (name != "gelu_tanh") check.fail("activation", "silu, gelu or gelu_tanh", name);
+  if (name != "gelu_tanh") check.fail("activation", "silu, gelu or gelu_tanh", shown(name));
   return Activation::gelu_tanh;
 }
 

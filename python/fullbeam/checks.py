@@ -34,11 +34,20 @@ class Check:
         return Check(lambda field, value: change(self(field, value)), self.schema)
 
 
+def shown(value: object) -> str:
+    """Return what an error says of a value: its repr, or the beginning of a long one."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "one of too many digits"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 class ParameterError(ValueError):
     """A parameter whose value is out of range; `field` is its name."""
 
     def __init__(self, field: str, requirement: str, value: object) -> None:
-        super().__init__(f"CompletionParams: {field} must be {requirement}, got {value!r}")
+        super().__init__(f"CompletionParams: {field} must be {requirement}, got {shown(value)}")
         self.field = field
 
 
@@ -75,6 +84,8 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
             result = float(value)
         except TypeError:
             raise _kind(field, "a number", value) from None
+        except OverflowError:  # an integer beyond all floats
+            result = math.inf
         if not math.isfinite(result) or not low <= result <= high or (above and result == low):
             bound = f"above {low:g}" if above else f"in {low:g}..{high:g}"
             raise ParameterError(field, bound, value)

@@ -146,7 +146,8 @@ class CompletionParams:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"CompletionParams: {name!r} is not a known field{hint}")
+                what = checks.shown(name)
+                raise TypeError(f"CompletionParams: {what} is not a known field{hint}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -39,6 +39,16 @@ class BadInput(Failure):
 class Command(click.Command):
     """A command whose failures are one line each, never a traceback."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words; what is wrong with a long one is said without its middle."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            text = error.format_message()
+            if len(text) <= 200:
+                raise
+            raise click.UsageError(f"{text[:100]}...{text[-90:]}", error.ctx) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fullbeam import _core
+from fullbeam.checks import shown
 from fullbeam.engine.memory import available_bytes
 from fullbeam.ops import Array
 
@@ -289,7 +290,7 @@ def choose_device(name: str, threads: int | None) -> Device:
         For another name, or where there is no GPU, or no torch to use it.
     """
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"load: device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+        raise ValueError(f"load: device must be 'auto', 'cpu' or 'cuda', got {shown(name)}")
     if name == "cuda":
         if reason := why_no_cuda():
             raise ValueError(f"load: device must be 'auto' or 'cpu' here, got 'cuda': {reason}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fullbeam._core import Stop
+from fullbeam.checks import shown
 from fullbeam.engine.decoder import Choice, Selector
 from fullbeam.engine.drafts import DEFAULT_DRAFT_TOKENS
 from fullbeam.engine.intake import Intake
@@ -451,4 +452,4 @@ def _at_least(name: str, value: Any, bound: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Engine: {name} must be an integer, got {type(value).__name__}")
     if value < bound:
-        raise ValueError(f"Engine: {name} must be at least {bound}, got {value}")
+        raise ValueError(f"Engine: {name} must be at least {bound}, got {shown(value)}")

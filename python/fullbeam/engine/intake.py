@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fullbeam.checks import shown
 from fullbeam.engine.batch import Int32Array
 from fullbeam.engine.pages import PagePool
 from fullbeam.engine.prompt import encode_infill, encode_prompt, heal
@@ -57,7 +58,7 @@ class Intake:
         prompt_index = operator.index(prompt_index)
         if not 0 <= prompt_index <= _MAX_PROMPT_INDEX:
             bound = f"in 0..{_MAX_PROMPT_INDEX}"
-            raise ValueError(f"submit: prompt_index must be {bound}, got {prompt_index}")
+            raise ValueError(f"submit: prompt_index must be {bound}, got {shown(prompt_index)}")
         self._check_ids(params)
         token_ids, constraint = self._encode(prompt, params)
         self._check_num_scored(len(token_ids), params)

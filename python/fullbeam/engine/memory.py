@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fullbeam.checks import shown
+
 PAGE_SIZE = 16
 DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_ROWS = 16
@@ -50,13 +52,12 @@ def plan_kv(
     else:
         tokens = check_positive("context", context)
         if tokens > model_context:
-            raise ValueError(f"load: context must be at most {model_context}, got {context}")
+            raise ValueError(f"load: context must be at most {model_context}, got {shown(context)}")
         if -(-tokens // PAGE_SIZE) > room:
-            raise ValueError(
-                f"load: context must be at most {room * PAGE_SIZE} here {where}, got {context}"
-            )
+            bound = f"at most {room * PAGE_SIZE} here {where}"
+            raise ValueError(f"load: context must be {bound}, got {shown(context)}")
     if rows > room:
-        raise ValueError(f"load: max_rows must be at most {room} here {where}, got {rows}")
+        raise ValueError(f"load: max_rows must be at most {room} here {where}, got {shown(rows)}")
     return KvPlan(tokens, rows, min(rows * -(-tokens // PAGE_SIZE), room))
 
 
@@ -93,5 +94,5 @@ def check_positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"load: {name} must be an integer, got {type(value).__name__}")
     if value < 1:
-        raise ValueError(f"load: {name} must be at least 1, got {value}")
+        raise ValueError(f"load: {name} must be at least 1, got {shown(value)}")
     return value

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fullbeam.checks import shown
 from fullbeam.engine.batch import Int32Array
 from fullbeam.engine.rules import TokenIndex
 from fullbeam.engine.text import Tokenizer
@@ -236,8 +237,8 @@ def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
             kind = type(token_id).__name__
             raise TypeError(f"complete: prompt[{idx}] must be a token id, got {kind}")
         if not 0 <= token_id < vocab_size:
-            bound = vocab_size - 1
-            raise ValueError(f"complete: prompt[{idx}] must be in 0..{bound}, got {token_id}")
+            bound, got = vocab_size - 1, shown(int(token_id))
+            raise ValueError(f"complete: prompt[{idx}] must be in 0..{bound}, got {got}")
     return [int(token_id) for token_id in ids]
 
 

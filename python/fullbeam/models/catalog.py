@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fullbeam.checks import shown
 from fullbeam.models import hub
 from fullbeam.models.entries import CATALOG, DEFAULT_MODEL, Entry, Hub, Wheels, cache_folder
 
@@ -98,7 +99,7 @@ def resolve(
     known = ", ".join(CATALOG)
     raise ValueError(
         f"load: model must be a file or folder that exists, a hub id, or one of {known}, "
-        f"got {name!r}"
+        f"got {shown(name)}"
     )
 
 
@@ -129,7 +130,7 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
         return hub.fetch(name, cache_folder(), progress)
     if entry is None:
         known = ", ".join(CATALOG)
-        raise ValueError(f"pull: name must be a hub id or one of {known}, got {name!r}")
+        raise ValueError(f"pull: name must be a hub id or one of {known}, got {shown(name)}")
     if not entry.file:
         return hub.fetch(entry.hub_id, cache_folder(), progress)
     if entry.is_local and _sha256(entry.path, progress) == _expected(entry):

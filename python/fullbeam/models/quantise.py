@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fullbeam.checks import shown
 from fullbeam.models.catalog import cache_folder
 from fullbeam.models.safetensors_file import FileTensor, SafetensorsFile
 from fullbeam.models.source import Bytes, Source, Tensor
@@ -75,7 +76,7 @@ def quantised(
         For another kind.
     """
     if kind not in KINDS:
-        raise ValueError(f"load: quantize must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise ValueError(f"load: quantize must be one of {', '.join(KINDS)}, got {shown(kind)}")
     stats = [(str(path.resolve()), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
     key = hashlib.sha256(json.dumps([_VERSION, kind, stats]).encode()).hexdigest()[:32]
     path = cache_folder() / "quantised" / f"{source.path.name}-{kind}-{key}.safetensors"

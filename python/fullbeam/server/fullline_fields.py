@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fullbeam.checks import shown
 from fullbeam.params import CompletionParams, field_schema
 from fullbeam.server.errors import ApiError, Json
 
@@ -92,7 +93,7 @@ def read_call(body: Json) -> Call:
             given[name] = int(value)  # 10.0 is an integer, too
     prefix = given.get("prefix") or given.get("token") or ""
     if not _is_whole(prefix):
-        raise Issue(f"'prefix': {prefix!r} has half a character")
+        raise Issue(f"'prefix': {shown(prefix)} has half a character")
     left, right = split_code(given["code"], given.get("offset"), prefix)
     fields = _DEFAULTS | {PARAM_NAMES[name]: given[name] for name in PARAM_NAMES if name in given}
     for name in ("top_n", "group_top_n"):
@@ -211,9 +212,7 @@ def _check(name: str, value: object, schema: Json) -> None:
     for keyword, wanted in schema.items():
         is_met, words = _KEYWORDS.get(keyword, (None, ""))
         if is_met is not None and not is_met(value, wanted):
-            shown = repr(value)
-            shown = shown if len(shown) <= 100 else shown[:97] + "..."
-            message = f"{name!r}: {shown} {words} {wanted!r}"
+            message = f"{name!r}: {shown(value)} {words} {wanted!r}"
             raise Issue(message, validator=keyword, value=wanted)
     if isinstance(value, list):
         for idx, item in enumerate(value):

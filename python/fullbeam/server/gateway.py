@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from fullbeam.checks import shown
 from fullbeam.params import DEFAULT_MAX_TOKENS, MAX_STOP, MAX_WIDTH, CompletionParams
 from fullbeam.server import openai, schema
 from fullbeam.server.auth import require_key
@@ -163,7 +164,7 @@ async def completions(request: Request) -> Response:
         raise ClientGone from error
     service.check_name(body.model)
     if service.model is None:
-        raise ApiError(400, f"model {body.model!r} is not ready", retry_after=1)
+        raise ApiError(400, f"model {shown(body.model)} is not ready", retry_after=1)
     if body.n > service.settings.max_choices:
         bound = f"Input should be less than or equal to {service.settings.max_choices}"
         raise _invalid(["n"], bound, "less_than_equal")

@@ -254,9 +254,8 @@ def _flag(source: Mapping[str, object], name: str) -> bool:
 
 def bad_value(param: str, requirement: str, value: object) -> ApiError:
     """Return the error that says what a field must be."""
-    got = repr(value)
-    got = got if len(got) <= 100 else got[:97] + "..."
-    return ApiError(400, f"{param} must be {requirement}, got {got}", param=param)
+    message = f"{param} must be {requirement}, got {checks.shown(value)}"
+    return ApiError(400, message, param=param)
 
 
 def from_value_error(error: Exception) -> ApiError:

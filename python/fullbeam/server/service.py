@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
+from fullbeam.checks import shown
 from fullbeam.server import record
 from fullbeam.server.errors import ApiError, Json
 from fullbeam.server.serve import in_background
@@ -92,7 +93,7 @@ class Service:
     def check_name(self, name: str | None) -> None:
         """Refuse a name that is not the model's."""
         if name is not None and name != self.settings.name:
-            message = f"model {name!r} does not exist, this server has {self.settings.name!r}"
+            message = f"model {shown(name)} does not exist, this server has {self.settings.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def card(self) -> Json:
