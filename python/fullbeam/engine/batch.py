@@ -16,8 +16,9 @@ Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 
-def _no_numbers() -> Int32Array:
-    return np.zeros(0, np.int32)
+_NO_NUMBERS: Int32Array = np.zeros(0, np.int32)
+_NO_WORDS: Uint32Array = np.zeros((0, 0), np.uint32)
+_NO_PLACES: Int32Array = np.zeros((0, 0), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +42,18 @@ class Batch:
     logit_rows: Int32Array  # [num_logit_rows], token rows whose logits are wanted, ascending
     largest_only: bool = False  # of which only the largest in each row matter
     # Of the sequences that decode: the searches among them. num_words is 0 where there is none.
-    slot_starts: Int32Array = field(default_factory=_no_numbers)  # [num_decode], key index
-    num_slots: Int32Array = field(default_factory=_no_numbers)  # [num_decode], 0: plain
-    visible: Uint32Array = field(  # [num_decode_rows, num_words], bit j of word w: slot 32 w + j
-        default_factory=lambda: np.zeros((0, 0), np.uint32)
-    )
-    slot_positions: Int32Array = field(  # [num_decode, 32 * num_words], of the tokens in slots
-        default_factory=lambda: np.zeros((0, 0), np.int32)
-    )
+    slot_starts: Int32Array = field(default_factory=lambda: _NO_NUMBERS)  # [num_decode], key index
+    num_slots: Int32Array = field(default_factory=lambda: _NO_NUMBERS)  # [num_decode], 0: plain
+    # [num_decode_rows, num_words], bit j of word w: slot 32 w + j
+    visible: Uint32Array = field(default_factory=lambda: _NO_WORDS)
+    # [num_decode, 32 * num_words], of the tokens in slots
+    slot_positions: Int32Array = field(default_factory=lambda: _NO_PLACES)
 
     # Where the last step's tokens are not known to the host yet:
     drawn: Array | None = None  # int32 [num_drawn], on the device
-    sources: Int32Array = field(default_factory=_no_numbers)  # [num_tokens] of drawn; -1: token_ids
+    sources: Int32Array = field(
+        default_factory=lambda: _NO_NUMBERS
+    )  # [num_tokens] of drawn; -1: token_ids
 
     @property
     def num_decode_rows(self) -> int:

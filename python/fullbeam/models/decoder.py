@@ -134,31 +134,34 @@ class _Buffers:
         Rows, sequences and tokens beyond the batch's write no keys and values and see none.
         """
         host, num_rows, num_decode = self.inputs.host, batch.num_decode_rows, batch.num_decode
-        num_chunks = len(batch.seq_lens) - num_decode
         num_chunk_tokens = len(batch.token_ids) - num_rows
+        gap = shape.num_rows - num_rows  # between the rows that decode and the others
         for name, fill in (("token_ids", 0), ("positions", 0), ("slots", -1)):
             values, into = getattr(batch, name), host[name][: shape.num_tokens]
+            if len(values) == len(into):
+                into[:] = values
+                continue
             into[:num_rows] = values[:num_rows]
             into[num_rows : shape.num_rows] = fill
             into[shape.num_rows :][:num_chunk_tokens] = values[num_rows:]
             into[shape.num_rows + num_chunk_tokens :] = fill
-        lens, starts = batch.seq_lens, batch.query_starts
-        _fill(host["decode_lens"][: shape.num_decode], lens[:num_decode], 0)
-        _fill(host["chunk_lens"][: shape.num_chunks], lens[num_decode:], 0)
-        width = batch.page_table.shape[1]
-        host["decode_pages"][:num_decode, :width] = batch.page_table[:num_decode]
-        host["chunk_pages"][:num_chunks, :width] = batch.page_table[num_decode:]
-        chunk_starts = host["chunk_starts"][: shape.num_chunks + 1]
-        _fill(chunk_starts, starts[num_decode:] - num_rows, num_chunk_tokens)
+        lens, width = batch.seq_lens, batch.page_table.shape[1]
+        if shape.num_decode:
+            _fill(host["decode_lens"][: shape.num_decode], lens[:num_decode], 0)
+            host["decode_pages"][:num_decode, :width] = batch.page_table[:num_decode]
+        if shape.num_chunks:
+            _fill(host["chunk_lens"][: shape.num_chunks], lens[num_decode:], 0)
+            num_chunks = len(lens) - num_decode
+            host["chunk_pages"][:num_chunks, :width] = batch.page_table[num_decode:]
+            chunk_starts = host["chunk_starts"][: shape.num_chunks + 1]
+            _fill(chunk_starts, batch.query_starts[num_decode:] - num_rows, num_chunk_tokens)
         rows = batch.logit_rows
-        _fill(
-            host["logit_rows"][: shape.num_logit_rows],
-            np.where(rows < num_rows, rows, rows + (shape.num_rows - num_rows)),
-            0,
-        )
+        if gap:
+            rows = np.where(rows < num_rows, rows, rows + gap)
+        _fill(host["logit_rows"][: shape.num_logit_rows], rows, 0)
         if batch.num_words:
             decode_starts = host["decode_starts"][: shape.num_decode + 1]
-            _fill(decode_starts, starts[: num_decode + 1], num_rows)
+            _fill(decode_starts, batch.query_starts[: num_decode + 1], num_rows)
             host["slot_starts"][:num_decode] = batch.slot_starts
             _fill(host["num_slots"][: shape.num_decode], batch.num_slots, 0)
             host["visible"][:num_rows, : batch.num_words] = batch.visible
