@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fullbeam.params import CompletionParams, ParameterError, field_schema
+from fullbeam.params import CompletionParams, ContextLengthError, ParameterError, field_schema
 
 
 def test_defaults() -> None:
@@ -339,3 +339,5 @@ def test_huge_numbers_are_out_of_range() -> None:
         CompletionParams(n=10**100_000)
     with pytest.raises(TypeError, match=r"^CompletionParams: 'x{96}\.\.\. is not a known field$"):
         CompletionParams(**{"x" * 1_000_000: 1})
+    error = ContextLengthError(limit=10, prompt_tokens=2, completion_tokens=10**100_000)
+    assert "got one of too many digits (2 in the prompt, one of too many digits" in str(error)

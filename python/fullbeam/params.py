@@ -26,10 +26,10 @@ class ContextLengthError(ValueError):
     """Prompt and completion do not fit into the context together."""
 
     def __init__(self, limit: int, prompt_tokens: int, completion_tokens: int) -> None:
-        total = prompt_tokens + completion_tokens
+        total, wanted = map(checks.shown, (prompt_tokens + completion_tokens, completion_tokens))
         super().__init__(
             f"complete: prompt + max_tokens must be at most {limit} tokens (the context), "
-            f"got {total} ({prompt_tokens} in the prompt, {completion_tokens} in the completion)"
+            f"got {total} ({prompt_tokens} in the prompt, {wanted} in the completion)"
         )
         self.field = "max_tokens" if prompt_tokens <= limit else "prompt"
         self.limit = limit
