@@ -183,6 +183,20 @@ def test_cancelling_a_task_stops_the_work(model: Model) -> None:
     wait_idle(model)
 
 
+def test_a_task_cancelled_with_its_loop_leaves_no_warning(
+    model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        work = model.acomplete("abc", max_tokens=1500, n=8, **GREEDY)
+        await asyncio.wait_for(work, 0.05)
+
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            asyncio.run(main())
+        wait_idle(model)
+    assert not caplog.records
+
+
 def test_leaving_an_async_stream_stops_the_work(model: Model) -> None:
     async def main() -> None:
         async with model.astream("abc", max_tokens=1500, **GREEDY) as stream:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fullbeam.engine.engine import Engine
-from fullbeam.engine.sequence import Event, Request
+from fullbeam.engine.sequence import Event, Request, RequestCancelled
 from fullbeam.engine.text import Piece
 from fullbeam.stream import Call
 
@@ -36,7 +36,11 @@ class AsyncCompletionStream(Call, AsyncIterator[Piece]):
         put = self._events.put_nowait
 
         def on_event(event: Event) -> None:
-            loop.call_soon_threadsafe(put, event)
+            try:
+                loop.call_soon_threadsafe(put, event)
+            except RuntimeError:  # the loop is closed: nobody waits for the end
+                if not isinstance(event, RequestCancelled):
+                    raise
 
         def submit() -> list[Request]:
             return model.submit(prompt, params, stream=stream, on_event=on_event)
