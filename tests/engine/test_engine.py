@@ -275,6 +275,23 @@ def test_cancel_of_a_waiting_and_of_a_finished_request() -> None:
     assert [type(event) for event in harness.events[first]] == [Piece, Finished]
 
 
+def test_only_requests_of_its_own_are_cancelled() -> None:
+    harness, other = Harness(), Harness()
+    harness.submit("a", **LONG)
+    foreign = other.engine.submit("a", CompletionParams(**LONG), on_event=lambda event: None)
+    for wrong in (None, "a", foreign):
+        kind = type(wrong).__name__
+        with pytest.raises(ValueError, match=f"^cancel: request must be .* own, got {kind}$"):
+            harness.engine.cancel(wrong)  # type: ignore[arg-type]
+    assert harness.engine.step()
+    assert not foreign.closed
+
+
+def test_events_need_a_receiver() -> None:
+    with pytest.raises(TypeError, match=r"^submit: on_event must be callable, got NoneType$"):
+        Harness().engine.submit("a", on_event=None)  # type: ignore[arg-type]
+
+
 def test_cancel_from_a_callback() -> None:
     harness = Harness()
     events: list[Any] = []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class Engine:
         self._selector = Selector(decoder.device)
         self._runs_ahead = decoder.device.runs_ahead and draft_tokens == 0
         self._flight: _Flight | None = None
+        self._requests: weakref.WeakSet[Request] = weakref.WeakSet()  # its own
         self._inbox: deque[tuple[Callable[[Request], None], Request]] = deque()
         self._lock = threading.Lock()  # held while the state below the inbox changes
         self._computing: set[Request] = set()  # what a step is for, without what was cancelled
@@ -181,6 +183,8 @@ class Engine:
 
         Raises
         ------
+        TypeError
+            For an `on_event` that can't be called, or a prompt or params of another kind.
         ValueError
             For ids outside the vocabulary, a prompt that does not fit into the context
             (`ContextLengthError`), or a request that does not fit into the KV cache.
@@ -193,6 +197,7 @@ class Engine:
         request = self._intake.request(
             prompt, params, on_event=on_event, prompt_index=prompt_index, stream=stream
         )
+        self._requests.add(request)
         self._post(self._enter, request)
         return request
 
@@ -205,7 +210,15 @@ class Engine:
         """Stop a request and free its rows and pages, at once or when the step under way ends.
 
         A step that computes nothing for other requests ends after the op under way.
+
+        Raises
+        ------
+        ValueError
+            For what `submit` of this engine did not return.
         """
+        if request not in self._requests:
+            kind = type(request).__name__
+            raise ValueError(f"cancel: request must be one of this engine's own, got {kind}")
         self._post(self._drop, request)
         with self._computing_lock:
             if request in self._computing:

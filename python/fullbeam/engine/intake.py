@@ -55,6 +55,8 @@ class Intake:
         if not isinstance(params, CompletionParams):
             kind = type(params).__name__
             raise TypeError(f"submit: params must be CompletionParams, got {kind}")
+        if not callable(on_event):
+            raise TypeError(f"submit: on_event must be callable, got {type(on_event).__name__}")
         prompt_index = operator.index(prompt_index)
         if not 0 <= prompt_index <= _MAX_PROMPT_INDEX:
             bound = f"in 0..{_MAX_PROMPT_INDEX}"

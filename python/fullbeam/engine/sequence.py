@@ -44,7 +44,7 @@ class Finished:
 Event = Piece | Finished | Exception
 
 
-@dataclass(eq=False, repr=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True, weakref_slot=True)
 class Request:
     """One prompt with its parameters, as submitted; what comes of it goes to `on_event`."""
 
