@@ -128,6 +128,21 @@ def test_stream_joins_to_the_whole(model: Model) -> None:
     assert stream.usage == whole.usage
 
 
+def test_threads_share_a_stream(model: Model) -> None:
+    texts: list[str] = []
+    stream = model.stream("abc", max_tokens=40, **GREEDY)
+    readers = [
+        threading.Thread(target=lambda: texts.extend(piece.text for piece in stream), daemon=True)
+        for _ in range(4)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(timeout=30)
+        assert not reader.is_alive()
+    assert sorted(texts) == sorted(p.text for p in model.stream("abc", max_tokens=40, **GREEDY))
+
+
 def test_closing_a_stream_stops_the_work(model: Model) -> None:
     with model.stream("abc", max_tokens=1500, **GREEDY) as stream:
         next(stream)

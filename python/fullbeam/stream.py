@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -61,26 +62,31 @@ class Call:
 
 
 class CompletionStream(Call, Iterator[Piece]):
-    """Pieces of a call as they come; leaving a `with` block stops what is not done."""
+    """Pieces of a call as they come; leaving a `with` block stops what is not done.
+
+    Threads may read one stream: each piece comes to one of them.
+    """
 
     def __init__(
         self, model: Model, prompt: Prompt, params: CompletionParams, *, stream: bool
     ) -> None:
         super().__init__(model)
+        self._reading = threading.Lock()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._begin(model.submit(prompt, params, stream=stream, on_event=self._events.put))
 
     def __next__(self) -> Piece:
         """Wait for the next piece."""
-        while self._tally.num_open > 0:
-            try:
-                event = self._events.get()
-            except BaseException:
-                self.close()
-                raise
-            piece = self._accept(event)
-            if piece is not None:
-                return piece
+        with self._reading:
+            while self._tally.num_open > 0:
+                try:
+                    event = self._events.get()
+                except BaseException:
+                    self.close()
+                    raise
+                piece = self._accept(event)
+                if piece is not None:
+                    return piece
         raise StopIteration
 
     def __enter__(self) -> CompletionStream:
