@@ -92,7 +92,7 @@ def test_kv_write_refuses_what_does_not_fit() -> None:
     with pytest.raises(TypeError, match=r"^kv_write: v_pages must be float32, got float16$"):
         ops.kv_write(k, k, pages, pages.astype(np.float16), slots)
     with pytest.raises(TypeError, match=r"^kv_write: slots must be int64, got int32$"):
-        ops.kv_write(k, k, pages, pages, slots.astype(np.int32))
+        ops.kv_write(k, k, pages, pages.copy(), slots.astype(np.int32))
     with pytest.raises(ValueError, match=r"^kv_write: k_pages must be \[num_pages, num_kv_heads=1"):
         ops.kv_write(k, k, np.zeros((2, 2, 8, 16), np.float32), pages, slots)
     with pytest.raises(ValueError, match=r"^kv_write: k_pages must be contiguous within a"):
