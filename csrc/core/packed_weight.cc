@@ -31,6 +31,8 @@ constexpr const char* kNames[] = {"F32",  "F16",  "BF16", "Q8_0", "Q4_0", "Q4_1"
 
 void put_u16(std::uint8_t* p, int idx, std::uint16_t value) { std::memcpy(p + 2 * idx, &value, 2); }
 
+typedef std::uint32_t Steps __attribute__((vector_size(16)));
+
 // Four values of a step are one 32-bit word, in memory and here.
 void write_values(const QuantLayout& layout, int lane, const std::uint8_t* left,
                   const std::uint8_t* right, std::uint8_t* tile, std::uint8_t* low) {
@@ -44,11 +46,16 @@ void write_values(const QuantLayout& layout, int lane, const std::uint8_t* left,
     for (int s = 0; s < 8; ++s) put(64 * s, steps[s]);
     return;
   }
+  Steps first, second;
+  std::memcpy(&first, left, 16);
+  std::memcpy(&second, right, 16);
   constexpr std::uint32_t kLow = 0x0f0f0f0fu;
+  const Steps lower = (first & kLow) | (second & kLow) << 4;
+  const Steps upper = (first >> 4 & kLow) | (second & ~kLow);
   for (int s = 0; s < 4; ++s) {
-    const std::uint32_t lower = (steps[s] & kLow) | (steps[s + 4] & kLow) << 4;
-    put(64 * s, layout.in_halves ? (steps[s] >> 4 & kLow) | (steps[s + 4] & ~kLow) : lower);
-    if (layout.in_halves) std::memcpy(low + 64 * s + 4 * lane, &lower, 4);
+    put(64 * s, layout.in_halves ? upper[s] : lower[s]);
+    const std::uint32_t word = lower[s];
+    if (layout.in_halves) std::memcpy(low + 64 * s + 4 * lane, &word, 4);
   }
   if (layout.bits == 5) {
     std::uint32_t high = 0;
