@@ -183,8 +183,7 @@ def test_logprobs_of_half_floats_are_those_of_the_same_floats(rng: Any, dtype: s
 
 @pytest.mark.parametrize("backend", CUDA, indirect=True)
 def test_logprobs_on_cuda_say_how_large_a_vocabulary_may_be() -> None:
-    logits = np.broadcast_to(np.zeros(1, np.float32), (1, 2**21 + 1))
-    logits = np.lib.stride_tricks.as_strided(logits, logits.shape, (0, 4))  # never read
+    logits = np.zeros((1, 2**21 + 1), np.float32)
     with pytest.raises(
         NotImplementedError,
         match=r"^logprobs: vocab_size must be at most 2097152 on CUDA, got 2097153$",
