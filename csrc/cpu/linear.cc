@@ -3,7 +3,8 @@
 // Mapping: threads quantise the activations together; then each has a contiguous share of the
 // panels of 16 rows, a stretch of memory, and helps with the others' when it has done its own. Up
 // to kMaxTokens tokens meet a panel together, their sums in registers; more do so in turns or,
-// where that is faster, tile by tile. Cost: at few tokens the packed bytes of the weight,
+// where that is faster, tile by tile. linear_largest.h goes another way where few tokens want no
+// more than their largest values. Cost: at few tokens the packed bytes of the weight,
 // once; at many, 512 multiply-adds per tile and token. Numerics: exact int32 inside a tile (half a
 // tile for Q6_K); float32 over tiles, in column order. A row of the result depends on its own token
 // alone: the order of its float operations is the same for every number of tokens. Source: the

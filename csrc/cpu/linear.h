@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner product of one tile: 16 rows x 32 columns of unsigned values against int8 activations
 // of up to kMaxTokens tokens, in exact int32. One version per instruction set; everything else
-// about the matrix product is in linear.cc.
+// about the matrix product is in linear_panel.h and linear.cc.
 #pragma once
 #include "core/weight.h"
 #include "cpu/vec.h"
