@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import engine, load, peers, steps
+from benchmarks import engine, harness, load, peers, steps
 from fullbeam import _core, bench, cli
 from fullbeam.models import open_model
 from tiny_models import Tiny
@@ -58,6 +58,10 @@ def test_a_load_is_the_bytes_and_products_of_the_weights(tiny: Path) -> None:
     assert peers.load_of(tiny)[0].head_products == load.head_products
     assert load.spared_bytes == -(-300 // 16) * 16 * 64 // 2  # in whole panels of 16 rows
     assert peers.load_of(tiny)[0].spared_bytes == 300 * 64 // 2
+
+
+def test_ops_are_timed_with_empty_caches() -> None:
+    assert harness.median_us(lambda: None, harness.Cache().flush, limit_s=0.001) >= 0
 
 
 def test_shares_of_the_ceilings() -> None:
