@@ -94,21 +94,30 @@ def linear(num_tokens: int, kind: str, largest_only: bool = False) -> Case:
     values, x = normal(*shape), normal(num_tokens, shape[1])
     data = reference.quantize(values, kind)
     parts = [(data, kind, shape)]
-    weight, whole = ops.pack_weight(parts, largest_only=largest_only), ops.pack_weight(parts)
-    if largest_only:
-        x += values[rng.choice(VOCAB, num_tokens)] / 3
-    dense, tx = tensor(reference.dequantize(data, kind, shape).T.copy()), tensor(x)
+    weight = ops.pack_weight(parts, largest_only=largest_only)
     num_bytes = data.nbytes - weight.low_bytes + x.nbytes + num_tokens * shape[0] * 4
     flops = 2 * num_tokens * shape[0] * shape[1]
+    if largest_only:
+        x += values[rng.choice(VOCAB, num_tokens)] / 3
+        whole = ops.pack_weight(parts)
+        return Case(
+            lambda: ops.linear(x, weight, largest_only=True),
+            lambda: ops.linear(x, whole),
+            num_bytes,
+            flops,
+            is_int8=True,
+            dtype=kind,
+            check=False,
+            baseline_name="whole",
+        )
+    dense, tx = tensor(reference.dequantize(data, kind, shape).T.copy()), tensor(x)
     return Case(
-        lambda: ops.linear(x, weight, largest_only=largest_only),
-        (lambda: ops.linear(x, whole)) if largest_only else (lambda: tx @ dense),
+        lambda: ops.linear(x, weight),
+        lambda: tx @ dense,
         num_bytes,
         flops,
         is_int8=kind not in ("F32", "F16", "BF16"),
         dtype=kind,
-        check=not largest_only,
-        **({"baseline_name": "whole"} if largest_only else {}),
     )
 
 
