@@ -228,6 +228,8 @@ def test_tensors_of_torch_as_weight_want_tensors_of_torch() -> None:
         ops.linear(X, weight)
     with pytest.raises(TypeError, match=r"^linear: bias must be a torch tensor, .* got list$"):
         ops.linear(torch.ones(2, 16), weight, bias=[1.0])
+    with pytest.raises(ValueError, match=r"^linear: residual must be None where largest_only is"):
+        ops.linear(torch.ones(2, 16), weight, residual=torch.ones(2, 8), largest_only=True)
 
 
 def test_jax_arrays_are_read_where_they_are() -> None:

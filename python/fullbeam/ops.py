@@ -276,6 +276,8 @@ def linear(
     however many. With a tensor that is up to torch, which chooses a kernel by their number.
     """
     if not isinstance(weight, PackedWeight):
+        if largest_only and residual is not None:
+            raise ValueError("linear: residual must be None where largest_only is True")
         return _torch_linear(x, weight, bias, residual, out)
     if out is None:
         out = _new(x, (_size(x, 0), _size(weight, 0)))
